@@ -1,0 +1,22 @@
+"""RetinaNet and the focal loss (Lin et al., ICCV 2017) for Detectron2.
+
+Importing the package registers its components; ``add_retina_config(cfg)`` adds its config keys.
+"""
+
+try:
+    import detectron2  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "detectron2":
+        raise
+    raise ModuleNotFoundError(
+        "Detectron2 is missing: run `make setup` in the checkout, or install it as the README "
+        "says under 'Installing'",
+        name="detectron2",
+    ) from None
+
+from . import data, losses, modeling
+from .config import add_retina_config
+
+__version__ = "0.1.0"
+
+__all__ = ["add_retina_config", "data", "losses", "modeling"]

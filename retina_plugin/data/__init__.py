@@ -1,0 +1,5 @@
+"""Datasets that the package brings; importing this registers them."""
+
+from . import digits
+
+digits.register()

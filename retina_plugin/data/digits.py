@@ -1,0 +1,246 @@
+"""An embedded detection set: real handwritten digits on real photos, no download.
+
+scikit-learn ships 1797 handwritten digits (8x8, the UCI test set) and two photos. Digits are
+enlarged, coloured and laid over random crops of the photos; the boxes are the ink's. Digits are
+split before anything is composed, so no digit image is in both train and val. The same seed gives
+the same scenes; they are written once to a cache folder, in COCO format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+
+__all__ = ["CLASSES", "SceneSpec", "compose_scene", "prepare", "register"]
+
+CLASSES = [str(d) for d in range(10)]
+
+_VERSION = 1  # of the way scenes are composed: raise it whenever the pixels change
+
+
+@dataclass(frozen=True)
+class SceneSpec:
+    """What the scenes look like. Lengths in pixels."""
+
+    image_size: int = 160
+    num_train: int = 3000
+    num_val: int = 200
+    min_digits: int = 1
+    max_digits: int = 6
+    min_side: int = 18  # of a digit's box, the longer side
+    max_side: int = 90
+    max_overlap: float = 0.05  # of the smaller of two boxes
+    min_contrast: float = 60.0  # grey levels between the ink and the mean of what it covers
+    num_val_digits: int = 500  # of the 1797
+    seed: int = 0
+
+    @property
+    def digest(self) -> str:
+        text = json.dumps([_VERSION, asdict(self)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+SPEC = SceneSpec()
+
+
+def cache_root() -> Path:
+    """``$RETINA_PLUGIN_CACHE``, else ~/.cache/retina_plugin."""
+    return Path(os.environ.get("RETINA_PLUGIN_CACHE", "~/.cache/retina_plugin")).expanduser()
+
+
+def dataset_root(spec: SceneSpec = SPEC) -> Path:
+    """Where the scenes of ``spec`` are, or will be once :func:`prepare` has been called."""
+    return cache_root() / f"digits_scenes-{spec.digest}"
+
+
+def prepare(spec: SceneSpec = SPEC) -> Path:
+    """Write the scenes unless they are there, and return their folder.
+
+    The folder appears whole or not at all, so several processes may call this at once.
+
+    Raises:
+        ModuleNotFoundError: without scikit-learn, which the extra ``demo`` installs.
+    """
+    root = dataset_root(spec)
+    if root.is_dir():
+        return root
+    digits, labels, photos = _sources()
+    order = np.random.default_rng([spec.seed, 0]).permutation(len(digits))
+    parts = {
+        "val": (order[: spec.num_val_digits], spec.num_val, 1),
+        "train": (order[spec.num_val_digits :], spec.num_train, 2),
+    }
+    root.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{root.name}-", dir=root.parent))
+    try:
+        for split, (chosen, num_images, stream) in parts.items():
+            rng = np.random.default_rng([spec.seed, stream])
+            scenes = (
+                compose_scene(rng, digits[chosen], labels[chosen], photos, spec)
+                for _ in range(num_images)
+            )
+            _write_coco(partial, split, scenes)
+        partial.rename(root)
+    except OSError:
+        if not root.is_dir():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return root
+
+
+def _sources() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """(1797, 8, 8) float ink in [0, 1], (1797,) labels, two BGR photos."""
+    try:
+        from sklearn.datasets import load_digits, load_sample_images  # the extra "demo"
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "the embedded dataset needs scikit-learn: pip install 'retina_plugin[demo]' or "
+            "pip install scikit-learn",
+            name="sklearn",
+        ) from None
+    data = load_digits()
+    photos = [image[:, :, ::-1].copy() for image in load_sample_images().images]
+    return data.images / 16.0, data.target, photos
+
+
+def compose_scene(
+    rng: np.random.Generator,
+    digits: np.ndarray,
+    labels: np.ndarray,
+    photos: list[np.ndarray],
+    spec: SceneSpec,
+) -> tuple[np.ndarray, list[tuple[list[int], int]]]:
+    """One scene.
+
+    Args:
+        rng: source of every random choice.
+        digits, labels: (D, 8, 8) ink in [0, 1] and (D,) classes to draw from.
+        photos: BGR uint8.
+        spec: sizes and limits.
+
+    Returns:
+        (image_size, image_size, 3) BGR uint8, and for each digit its box XYWH and class.
+    """
+    size = spec.image_size
+    image = _background(rng, photos, size).astype(np.float32)
+    objects: list[tuple[list[int], int]] = []
+    for _ in range(int(rng.integers(spec.min_digits, spec.max_digits + 1))):
+        which = int(rng.integers(len(digits)))
+        # log-uniform: as many objects between 18 and 40 px as between 40 and 90 px
+        side = float(np.exp(rng.uniform(np.log(spec.min_side), np.log(spec.max_side))))
+        ink = _enlarge(digits[which], side)
+        h, w = ink.shape
+        for _ in range(20):  # places to try; a crowded scene just gets fewer digits
+            x, y = int(rng.integers(size - w + 1)), int(rng.integers(size - h + 1))
+            if all(_overlap((x, y, w, h), box) <= spec.max_overlap for box, _ in objects):
+                under = image[y : y + h, x : x + w]
+                colour = _colour(rng, under, ink, spec.min_contrast)
+                under += ink[:, :, None] * (colour - under)
+                objects.append(([x, y, w, h], int(labels[which])))
+                break
+    return np.clip(image.round(), 0, 255).astype(np.uint8), objects
+
+
+def _background(rng: np.random.Generator, photos: list[np.ndarray], size: int) -> np.ndarray:
+    photo = photos[int(rng.integers(len(photos)))]
+    side = int(rng.integers(size // 2, min(photo.shape[:2]) + 1))
+    y = int(rng.integers(photo.shape[0] - side + 1))
+    x = int(rng.integers(photo.shape[1] - side + 1))
+    crop = photo[y : y + side, x : x + side]
+    return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
+
+
+def _enlarge(digit: np.ndarray, side: float) -> np.ndarray:
+    """The digit's ink as opacity in [0, 1], cut to its box, whose longer side is ``side``."""
+    scale = 16  # find the ink's box at a fine resolution first, so that boxes are tight
+    fine = cv2.resize(digit.astype(np.float32), None, fx=scale, fy=scale)
+    ys, xs = np.where(fine > 0.3)
+    fine = fine[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+    factor = side / max(fine.shape)
+    w, h = (max(4, round(n * factor)) for n in (fine.shape[1], fine.shape[0]))
+    ink = cv2.resize(fine, (w, h), interpolation=cv2.INTER_AREA)
+    return np.clip((ink - 0.2) * 2.0, 0.0, 1.0)
+
+
+def _colour(
+    rng: np.random.Generator, under: np.ndarray, ink: np.ndarray, min_contrast: float
+) -> np.ndarray:
+    """A random BGR colour that differs enough in brightness from what it covers to be seen."""
+    brightness = np.array([0.114, 0.587, 0.299], dtype=np.float32)
+    covered = float((under @ brightness * ink).sum() / ink.sum())
+    while True:
+        colour = rng.uniform(0, 255, 3).astype(np.float32)
+        if abs(float(colour @ brightness) - covered) >= min_contrast:
+            return colour
+
+
+def _overlap(a: tuple[int, int, int, int], b: list[int]) -> float:
+    """Intersection of two XYWH boxes over the smaller one's area."""
+    w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    return max(w, 0) * max(h, 0) / min(a[2] * a[3], b[2] * b[3])
+
+
+def _write_coco(root: Path, split: str, scenes) -> None:
+    folder = root / split
+    folder.mkdir()
+    images, annotations = [], []
+    for index, (image, objects) in enumerate(scenes, start=1):
+        name = f"{index:06d}.png"
+        if not cv2.imwrite(str(folder / name), image):
+            raise OSError(f"cannot write {folder / name}")
+        images.append(
+            {"id": index, "file_name": name, "height": image.shape[0], "width": image.shape[1]}
+        )
+        for (x, y, w, h), label in objects:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,  # COCO's evaluation takes 0 for "no match"
+                    "image_id": index,
+                    "category_id": label + 1,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+    coco = {
+        "info": {"description": "handwritten digits on photos"},
+        "images": images,
+        "annotations": annotations,
+        "categories": categories,
+    }
+    (root / f"{split}.json").write_text(json.dumps(coco))
+
+
+def register() -> None:
+    """Register ``digits_scenes_train`` and ``digits_scenes_val``; they are written at first use."""
+    for split in ("train", "val"):
+        name = f"digits_scenes_{split}"
+        if name in DatasetCatalog:
+            continue
+        json_file, image_root = dataset_root() / f"{split}.json", dataset_root() / split
+
+        def load(json_file: Path = json_file, image_root: Path = image_root, name: str = name):
+            prepare()
+            return load_coco_json(str(json_file), str(image_root), name)
+
+        DatasetCatalog.register(name, load)
+        MetadataCatalog.get(name).set(
+            json_file=str(json_file),
+            image_root=str(image_root),
+            thing_classes=CLASSES,
+            evaluator_type="coco",
+            prepare=prepare,
+        )

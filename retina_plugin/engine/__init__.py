@@ -1,0 +1,13 @@
+"""Training and evaluation on Detectron2's engine."""
+
+from .setup import argument_parser, check_config, check_devices, check_weights, setup_cfg
+from .trainer import Trainer
+
+__all__ = [
+    "Trainer",
+    "argument_parser",
+    "check_config",
+    "check_devices",
+    "check_weights",
+    "setup_cfg",
+]

@@ -1,0 +1,47 @@
+"""One process a GPU: by Detectron2's ``launch``, or those that ``torchrun`` has started."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+
+__all__ = ["run", "under_torchrun"]
+
+
+def under_torchrun() -> bool:
+    """Whether ``torchrun`` started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def run(main: Callable[..., None], args: argparse.Namespace, num_gpus: int, *rest: Any) -> None:
+    """Call ``main(args, *rest)`` in every process.
+
+    Args:
+        main: a module-level function, since processes are spawned.
+        args: with ``num_machines``, ``machine_rank`` and ``dist_url`` (see Detectron2's parser).
+        num_gpus: processes of this machine; 0 and 1 stay in this process.
+    """
+    if not under_torchrun():
+        launch(
+            main,
+            max(num_gpus, 1),
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args, *rest),
+        )
+        return
+    if num_gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group(backend="nccl" if num_gpus else "gloo")
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    try:
+        main(args, *rest)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,126 @@
+"""Classification losses of the dense detector, chosen by ``MODEL.RETINANET.CLS_LOSS``.
+
+A loss is a class with ``value(x_t)`` and, if it is known in closed form, ``derivative(x_t)``
+(autograd supplies it otherwise). It is elementwise and knows neither anchors nor batches:
+:mod:`retina_plugin.losses.dense` sums it, :mod:`retina_plugin.modeling.normalizer` divides.
+
+    @CLS_LOSS_REGISTRY.register()
+    class MyLoss(ClassificationLoss):
+        def value(self, x_t):
+            return torch.nn.functional.softplus(-x_t) ** 2
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from retina_plugin.errors import ConfigError
+from retina_plugin.registry import ComponentRegistry
+
+from . import functional
+
+__all__ = ["CLS_LOSS_REGISTRY", "ClassificationLoss", "CrossEntropy", "FocalLoss"]
+
+CLS_LOSS_REGISTRY = ComponentRegistry("MODEL.RETINANET.CLS_LOSS")
+
+
+class ClassificationLoss:
+    """An elementwise loss of x_t = y x with alpha balancing.
+
+    The loss of a logit x is ``alpha l(x)`` where the anchor has that class (y = 1) and
+    ``(1 - alpha) l(-x)`` where it has not (alpha_t of Eq. 3 and 5); without alpha, both weigh 1.
+
+    Args:
+        alpha: weight of the rare class in [0, 1], or None for no balancing.
+
+    Raises:
+        ConfigError: alpha outside [0, 1].
+    """
+
+    def __init__(self, alpha: Optional[float] = None) -> None:
+        if alpha is not None and not 0.0 <= alpha <= 1.0:
+            raise ConfigError(f"alpha must be in [0, 1] or None, got {alpha}")
+        self.alpha = alpha
+
+    @property
+    def positive_weight(self) -> float:
+        """alpha_t of an entry whose label is 1."""
+        return 1.0 if self.alpha is None else self.alpha
+
+    @property
+    def negative_weight(self) -> float:
+        """alpha_t of an entry whose label is 0."""
+        return 1.0 if self.alpha is None else 1.0 - self.alpha
+
+    def value(self, x_t: Tensor) -> Tensor:
+        """The loss of each entry without alpha; shape of ``x_t``, not modified in place."""
+        raise NotImplementedError  # abstract: every loss defines it
+
+    def derivative(self, x_t: Tensor) -> Tensor:
+        """d value / d x_t of each entry. By autograd unless the subclass has a closed form."""
+        with torch.enable_grad():
+            leaf = x_t.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(self.value(leaf).sum(), leaf)
+        return grad
+
+    def value_and_derivative(self, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once; override where they share work. The results are new tensors."""
+        return self.value(x_t), self.derivative(x_t)
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> dict[str, Any]:
+        """``FOCAL_LOSS_ALPHA`` is the alpha of every loss; a negative one is none (Detectron2)."""
+        alpha = cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA
+        return {"alpha": None if alpha is None or alpha < 0 else alpha}
+
+    def __repr__(self) -> str:
+        args = ", ".join(f"{k}={v}" for k, v in vars(self).items())
+        return f"{type(self).__name__}({args})"
+
+
+@CLS_LOSS_REGISTRY.register()
+class CrossEntropy(ClassificationLoss):
+    """CE(p_t) = -log(p_t) (Eq. 1), or -alpha_t log(p_t) with alpha (Eq. 3, Table 1a)."""
+
+    def value(self, x_t: Tensor) -> Tensor:
+        return functional.cross_entropy(x_t)
+
+    def derivative(self, x_t: Tensor) -> Tensor:
+        return functional.cross_entropy_derivative(x_t)
+
+
+@CLS_LOSS_REGISTRY.register()
+class FocalLoss(ClassificationLoss):
+    """FL(p_t) = -alpha_t (1 - p_t)^gamma log(p_t) (Eq. 5, Table 1b; Eq. 4 without alpha).
+
+    Args:
+        alpha: see :class:`ClassificationLoss`; the paper's is .25 for gamma 2.
+        gamma: the focusing parameter, >= 0 (``FOCAL_LOSS_GAMMA``).
+
+    Raises:
+        ConfigError: negative gamma.
+    """
+
+    def __init__(self, alpha: Optional[float] = 0.25, gamma: float = 2.0) -> None:
+        super().__init__(alpha)
+        if gamma < 0:
+            raise ConfigError(f"gamma must be >= 0, got {gamma}")
+        self.gamma = float(gamma)
+
+    def value(self, x_t: Tensor) -> Tensor:
+        return functional.focal(x_t, self.gamma)
+
+    def derivative(self, x_t: Tensor) -> Tensor:
+        return functional.focal_derivative(x_t, self.gamma)
+
+    def value_and_derivative(self, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.focal_value_and_derivative(x_t, self.gamma)
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> dict[str, Any]:
+        """``FOCAL_LOSS_ALPHA`` and ``FOCAL_LOSS_GAMMA``, with Detectron2's meaning."""
+        return {**super().from_config(cfg), "gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA}
+

@@ -1,0 +1,22 @@
+"""The detector and its parts; importing this registers them with Detectron2."""
+
+from .backbone import build_retina_fpn_backbone
+from .detector import FocalRetinaNet
+from .head import RETINANET_HEAD_REGISTRY, RetinaHead, prior_bias
+from .labeling import AnchorLabeler
+from .matcher import AnchorMatcher
+from .normalizer import LossNormalizer
+from .sampling import ANCHOR_SAMPLER_REGISTRY, AllAnchors
+
+__all__ = [
+    "ANCHOR_SAMPLER_REGISTRY",
+    "RETINANET_HEAD_REGISTRY",
+    "AllAnchors",
+    "AnchorLabeler",
+    "AnchorMatcher",
+    "FocalRetinaNet",
+    "LossNormalizer",
+    "RetinaHead",
+    "build_retina_fpn_backbone",
+    "prior_bias",
+]

@@ -1,0 +1,73 @@
+"""FPN with levels P3 to P7 on a ResNet or ResNeXt (section 4 and its footnote 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling.backbone import FPN, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
+
+from retina_plugin.errors import ConfigError
+
+__all__ = ["P6_SOURCES", "build_retina_fpn_backbone"]
+
+P6_SOURCES = ("res5", "p5")
+
+_BASIC_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+
+
+@BACKBONE_REGISTRY.register()
+def build_retina_fpn_backbone(cfg: Any, input_shape: ShapeSpec) -> Backbone:
+    """ResNet-18/34/50/101/152 or ResNeXt (``MODEL.RESNETS``) and an FPN with levels P3 to P7.
+
+    P6 is a 3x3 stride-2 conv on C5 (``P6_SOURCE: res5``, the paper) or on P5 (``p5``, torchvision's
+    V1 models); P7 is a 3x3 stride-2 conv on ReLU(P6). With ``res5`` the model has the parameters
+    of Detectron2's ``build_retinanet_resnet_fpn_backbone``, and its weights load.
+
+    Raises:
+        ConfigError: an unknown ``P6_SOURCE``.
+    """
+    source = cfg.MODEL.RETINANET.P6_SOURCE
+    if source not in P6_SOURCES:
+        known = ", ".join(P6_SOURCES)
+        raise ConfigError(f"MODEL.RETINANET.P6_SOURCE: no '{source}'; known: {known}")
+    if cfg.MODEL.RESNETS.DEPTH in _BASIC_BLOCKS:
+        bottom_up = _build_basic_resnet(cfg, input_shape)
+    else:
+        bottom_up = build_resnet_backbone(cfg, input_shape)
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    p6_channels = bottom_up.output_shape()["res5"].channels if source == "res5" else channels
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelP6P7(p6_channels, channels, in_feature=source),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def _build_basic_resnet(cfg: Any, input_shape: ShapeSpec) -> ResNet:
+    """ResNet-18/34 of any width: Detectron2's own builder accepts RES2_OUT_CHANNELS 64 only."""
+    resnets = cfg.MODEL.RESNETS
+    stem = BasicStem(input_shape.channels, resnets.STEM_OUT_CHANNELS, norm=resnets.NORM)
+    in_channels, out_channels = resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS
+    stages = []
+    for stage, num_blocks in enumerate(_BASIC_BLOCKS[resnets.DEPTH]):
+        stages.append(
+            ResNet.make_stage(
+                BasicBlock,
+                num_blocks,
+                stride_per_block=[1 if stage == 0 else 2] + [1] * (num_blocks - 1),
+                in_channels=in_channels,
+                out_channels=out_channels,
+                norm=resnets.NORM,
+            )
+        )
+        in_channels, out_channels = out_channels, out_channels * 2
+    return ResNet(
+        stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
+    )

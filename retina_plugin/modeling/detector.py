@@ -1,0 +1,219 @@
+"""The detector: it wires pyramid, head, assignment and loss, and adds nothing of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.modeling.anchor_generator import build_anchor_generator
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from retina_plugin.losses import (
+    BOX_LOSS_REGISTRY,
+    CLS_LOSS_REGISTRY,
+    ClassificationLoss,
+    DenseLoss,
+    DenseTargets,
+    dense_classification_loss,
+)
+
+from .head import RETINANET_HEAD_REGISTRY
+from .inference import DenseInference
+from .labeling import AnchorLabeler
+from .matcher import AnchorMatcher
+from .normalizer import LossNormalizer
+from .sampling import ANCHOR_SAMPLER_REGISTRY
+from .shapes import gather_anchors
+
+__all__ = ["FocalRetinaNet"]
+
+
+@META_ARCH_REGISTRY.register()
+class FocalRetinaNet(DenseDetector):
+    """RetinaNet (section 4, Figure 3) from exchangeable parts.
+
+    A drop-in for Detectron2's ``RetinaNet``: the same config keys with the same meaning, the same
+    names and shapes in the state dict, the same inputs and outputs (``DenseDetector.forward``).
+    Images are normalised and padded by Detectron2's ``DenseDetector``.
+
+    Args:
+        backbone: gives the features that ``head_in_features`` names.
+        head: features -> (logits, deltas), see :class:`~retina_plugin.modeling.head.RetinaHead`.
+        anchor_generator: features -> per level ``Boxes`` (Hi*Wi*A, 4).
+        labeler: anchors and ground truth -> ``DenseTargets``.
+        sampler: picks the anchors that the classification loss sees.
+        cls_loss: elementwise classification loss.
+        box_loss: box loss of the positives.
+        normalizer: positives of each image -> divisors of both losses.
+        inference: dense predictions -> detections.
+        box2box_transform: encodes boxes as deltas and back.
+        num_classes: K.
+        vis_period: every so many iterations ground truth and predictions go to the event storage
+            as a picture; 0 never.
+        input_format: channel order of the images, for the picture ("BGR" or "RGB").
+        pixel_mean, pixel_std: K and order of ``input_format``, pixels in [0, 255].
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: nn.Module,
+        head_in_features: Sequence[str],
+        anchor_generator: nn.Module,
+        labeler: Any,
+        sampler: Any,
+        cls_loss: ClassificationLoss,
+        box_loss: Any,
+        normalizer: nn.Module,
+        inference: Any,
+        box2box_transform: Any,
+        num_classes: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        vis_period: int = 0,
+        input_format: str = "BGR",
+    ) -> None:
+        super().__init__(
+            backbone, head, list(head_in_features), pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
+        self.anchor_generator = anchor_generator
+        self.labeler = labeler
+        self.sampler = sampler
+        self.cls_loss = cls_loss
+        self.box_loss = box_loss
+        self.normalizer = normalizer
+        self.inference = inference
+        self.box2box_transform = box2box_transform
+        self.num_classes = num_classes
+        self.vis_period = vis_period
+        self.input_format = input_format
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> dict[str, Any]:
+        retinanet = cfg.MODEL.RETINANET
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        head_shapes = [shapes[f] for f in retinanet.IN_FEATURES]
+        transform = Box2BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS)
+        matcher = AnchorMatcher(
+            retinanet.IOU_THRESHOLDS, retinanet.IOU_LABELS, retinanet.LOW_QUALITY_MATCHES
+        )
+        return {
+            "backbone": backbone,
+            "head": RETINANET_HEAD_REGISTRY.build(cfg, head_shapes),
+            "head_in_features": retinanet.IN_FEATURES,
+            "anchor_generator": build_anchor_generator(cfg, head_shapes),
+            "labeler": AnchorLabeler(matcher, retinanet.NUM_CLASSES),
+            "sampler": ANCHOR_SAMPLER_REGISTRY.build(cfg),
+            "cls_loss": CLS_LOSS_REGISTRY.build(cfg),
+            "box_loss": BOX_LOSS_REGISTRY.build(cfg),
+            "normalizer": LossNormalizer(retinanet.NORMALIZER),
+            "inference": DenseInference(
+                num_classes=retinanet.NUM_CLASSES,
+                box2box_transform=transform,
+                score_thresh=retinanet.SCORE_THRESH_TEST,
+                topk_candidates=retinanet.TOPK_CANDIDATES_TEST,
+                nms_thresh=retinanet.NMS_THRESH_TEST,
+                max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+            ),
+            "box2box_transform": transform,
+            "num_classes": retinanet.NUM_CLASSES,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "vis_period": cfg.VIS_PERIOD,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Detectron2's standard: losses in training, [{"instances": Instances}] in inference."""
+        # kept for the picture of VIS_PERIOD, which needs the original pixels
+        self._batched_inputs = batched_inputs
+        try:
+            return super().forward(batched_inputs)
+        finally:
+            del self._batched_inputs
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: tuple[list[Tensor], list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        """{"loss_cls", "loss_box_reg"}: scalars, to be added up (section 4.1, "Optimization")."""
+        logits, deltas = predictions
+        anchors = self.anchor_generator(features)
+        targets = self.labeler(
+            Boxes.cat(anchors).tensor,
+            [x.gt_boxes.tensor for x in gt_instances],
+            [x.gt_classes for x in gt_instances],
+        )
+        sampled = self.sampler(targets, logits)
+        cls_sums = dense_classification_loss(logits, sampled, self.cls_loss, self.num_classes)
+        box_sum_N = self._box_loss_sums(anchors, deltas, targets)
+        divisor_N = self.normalizer(targets.num_positives_N())
+        self._log(anchors, targets, cls_sums, divisor_N)
+        if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
+            results = self.forward_inference(images, features, predictions)
+            self.visualize_training(self._batched_inputs, results)
+        return {
+            "loss_cls": (cls_sums.total / divisor_N).sum(),
+            "loss_box_reg": (box_sum_N / divisor_N).sum(),
+        }
+
+    def forward_inference(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: tuple[list[Tensor], list[Tensor]],
+    ) -> list[Instances]:
+        """Detections of each image in the network's frame; the caller rescales and clips them."""
+        logits, deltas = predictions
+        return self.inference(self.anchor_generator(features), logits, deltas, images.image_sizes)
+
+    def _box_loss_sums(
+        self, anchors: list[Boxes], deltas: list[Tensor], targets: DenseTargets
+    ) -> Tensor:
+        """(N,) sums over the positives of each image; exactly 0, with a graph, where it has none."""
+        anchors_P4 = Boxes.cat(anchors).tensor[targets.positive_anchor]
+        deltas_P4 = gather_anchors(deltas, targets.positive_image, targets.positive_anchor, 4)
+        if self.box_loss.on == "boxes":
+            boxes_P4 = self.box2box_transform.apply_deltas(deltas_P4, anchors_P4)
+            loss_P = self.box_loss(boxes_P4, targets.positive_gt_box)
+        else:
+            target_P4 = self.box2box_transform.get_deltas(anchors_P4, targets.positive_gt_box)
+            # fp32 as Detectron2's loss is under AMP; the deltas of the head may be 16 bit
+            loss_P = self.box_loss(deltas_P4.float(), target_P4)
+        sums_N = loss_P.new_zeros(targets.num_images)
+        return sums_N.index_add(0, targets.positive_image, loss_P)
+
+    @torch.no_grad()
+    def _log(
+        self, anchors: list[Boxes], targets: DenseTargets, cls_sums: DenseLoss, divisor_N: Tensor
+    ) -> None:
+        """Scalars for TensorBoard. ``num_pos_anchors`` (mean over images) is Detectron2's name."""
+        storage = get_event_storage()
+        num_images = targets.num_images
+        ends = torch.tensor([len(a) for a in anchors]).cumsum(0).to(targets.positive_anchor)
+        level_P = torch.bucketize(targets.positive_anchor, ends, right=True)
+        per_level = torch.bincount(level_P, minlength=len(anchors)) / num_images
+        storage.put_scalar("num_pos_anchors", len(targets.positive_anchor) / num_images)
+        for name, count in zip(self.head_in_features, per_level.tolist()):
+            storage.put_scalar(f"retinanet/num_pos_{name}", count)
+        storage.put_scalars(
+            **{
+                "retinanet/loss_cls_foreground": (cls_sums.foreground / divisor_N).sum().item(),
+                "retinanet/loss_cls_background": (cls_sums.background / divisor_N).sum().item(),
+                # of the whole batch, in whatever mode: sum of losses / this = the loss
+                "retinanet/loss_normalizer": divisor_N.mean().item(),
+            }
+        )

@@ -1,0 +1,73 @@
+"""What the sums of the losses are divided by."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from retina_plugin.errors import ConfigError
+
+__all__ = ["NORMALIZERS", "LossNormalizer"]
+
+NORMALIZERS = ("per_image", "per_gpu", "global", "ema")
+
+
+class LossNormalizer(nn.Module):
+    """Divisors of both losses, from the number of anchors assigned to a ground-truth box.
+
+    With S_n the sum over the anchors of image n and F_n its positives, the loss of a process is
+
+    - per_image: mean over n of S_n / max(F_n, 1). The paper: "normalized by the number of anchors
+      assigned to a ground-truth box" of the image (section 4.1); the mean over images is ours.
+    - per_gpu: sum of S_n / sum of (F_n + 1), over the images of the process (Detectron).
+    - global: sum of S_n / max(mean over processes of sum of F_n, 1); averaged over processes, as
+      DistributedDataParallel does, it is that of one process with the whole batch.
+    - ema: sum of S_n / E with E <- momentum E + (1 - momentum) max(F, 1), as in Detectron2, and
+      F the mean over processes of sum of F_n (Detectron2: each process by itself).
+
+    E is the buffer ``ema``: it moves with the model. It is not in the model's state dict, whose keys
+    stay Detectron2's, but in the trainer's, so that a resumed training goes on with it.
+
+    Args:
+        mode: one of the above (``NORMALIZER``).
+        momentum, initial: of the moving average; Detectron2's .9 and 100.
+
+    Raises:
+        ConfigError: an unknown mode.
+    """
+
+    ema: Tensor
+
+    def __init__(self, mode: str = "ema", momentum: float = 0.9, initial: float = 100.0) -> None:
+        super().__init__()
+        if mode not in NORMALIZERS:
+            raise ConfigError(
+                f"MODEL.RETINANET.NORMALIZER: no '{mode}'; known: {', '.join(NORMALIZERS)}"
+            )
+        self.mode, self.momentum = mode, momentum
+        self.register_buffer("ema", torch.tensor(float(initial)), persistent=False)
+
+    def forward(self, num_positives_N: Tensor) -> Tensor:
+        """(N,) float divisors d such that the loss of this process is sum over n of S_n / d_n.
+
+        Args:
+            num_positives_N: (N,) int64, from ``DenseTargets.num_positives_N``.
+        """
+        if self.mode == "per_image":
+            return num_positives_N.clamp(min=1).float() * len(num_positives_N)
+        if self.mode == "per_gpu":
+            divisor = (num_positives_N + 1).sum().float()
+        else:
+            divisor = _mean_over_processes(num_positives_N.sum().float()).clamp(min=1)
+            if self.mode == "ema":
+                self.ema.mul_(self.momentum).add_(divisor, alpha=1 - self.momentum)
+                divisor = self.ema.clone()
+        return divisor.expand(len(num_positives_N))
+
+
+def _mean_over_processes(x: Tensor) -> Tensor:
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(x)
+        x /= comm.get_world_size()
+    return x

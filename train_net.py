@@ -1,0 +1,77 @@
+#!/usr/bin/env python
+"""Train or evaluate: python train_net.py --config-file configs/retina_R101_800.yaml --num-gpus 8
+
+--eval-only evaluates MODEL.WEIGHTS, --resume goes on from the last checkpoint of OUTPUT_DIR, and
+KEY VALUE pairs at the end override the config. Also runs under torchrun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
+
+from retina_plugin.engine import (
+    Trainer,
+    argument_parser,
+    check_config,
+    check_devices,
+    check_weights,
+    setup_cfg,
+)
+from retina_plugin.engine.launch import run
+from retina_plugin.engine.report import draw_detections
+from retina_plugin.errors import ConfigError
+
+
+def main(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """What every process does."""
+    try:
+        default_setup(cfg, args)
+        if args.eval_only:
+            evaluate(cfg)
+            return
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+    except ConfigError as error:
+        sys.exit(f"error: {error}" if comm.is_main_process() else 1)
+
+
+def evaluate(cfg: CfgNode) -> None:
+    """Metrics of ``MODEL.WEIGHTS`` on ``DATASETS.TEST``, and the sheet of detections."""
+    model = Trainer.build_model(cfg)
+    DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).load(cfg.MODEL.WEIGHTS)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+        draw_detections(cfg, model, os.path.join(cfg.OUTPUT_DIR, "detections.png"))
+
+
+def cli(argv: list[str] | None = None) -> None:
+    args = argument_parser().parse_args(argv)
+    try:
+        cfg = setup_cfg(args.config_file, args.opts)
+        check_config(cfg, eval_only=args.eval_only)
+        num_gpus = check_devices(cfg, args.num_gpus)
+        if args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+            pass  # the checkpoint is loaded, not MODEL.WEIGHTS
+        else:
+            check_weights(cfg)
+        cfg.freeze()
+        run(main, args, num_gpus, cfg)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    except ProcessExitedException as error:
+        sys.exit(error.exit_code)  # a worker has printed why
+
+
+if __name__ == "__main__":
+    cli()
