@@ -10,6 +10,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import NoReturn
+
+try:
+    import retina_plugin  # noqa: F401  first: it says what to run where Detectron2 is missing
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}")
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -24,6 +30,7 @@ from retina_plugin.engine import (
     check_config,
     check_devices,
     check_weights,
+    import_user_modules,
     setup_cfg,
 )
 from retina_plugin.engine.launch import run
@@ -34,21 +41,29 @@ from retina_plugin.errors import ConfigError
 def main(args: argparse.Namespace, cfg: CfgNode) -> None:
     """What every process does."""
     try:
+        import_user_modules(cfg)  # again, for a process that was spawned
         default_setup(cfg, args)
         if args.eval_only:
-            evaluate(cfg)
+            evaluate(cfg, args.resume)
             return
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         trainer.train()
     except ConfigError as error:
-        sys.exit(f"error: {error}" if comm.is_main_process() else 1)
+        fail(error)
 
 
-def evaluate(cfg: CfgNode) -> None:
-    """Metrics of ``MODEL.WEIGHTS`` on ``DATASETS.TEST``, and the sheet of detections."""
+def fail(error: ConfigError) -> NoReturn:
+    """One line, from one process; the others just end."""
+    is_first = int(os.environ.get("RANK", 0)) == 0 and comm.is_main_process()
+    sys.exit(f"error: {error}" if is_first else 1)
+
+
+def evaluate(cfg: CfgNode, resume: bool) -> None:
+    """Metrics of ``MODEL.WEIGHTS`` (or the last checkpoint) on ``DATASETS.TEST``, and the sheet."""
     model = Trainer.build_model(cfg)
-    DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).load(cfg.MODEL.WEIGHTS)
+    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
@@ -61,14 +76,15 @@ def cli(argv: list[str] | None = None) -> None:
         cfg = setup_cfg(args.config_file, args.opts)
         check_config(cfg, eval_only=args.eval_only)
         num_gpus = check_devices(cfg, args.num_gpus)
-        if args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
-            pass  # the checkpoint is loaded, not MODEL.WEIGHTS
-        else:
+        last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+        if not (args.resume and os.path.isfile(last)):  # else that is loaded, not MODEL.WEIGHTS
+            if args.eval_only and not cfg.MODEL.WEIGHTS:
+                raise ConfigError("--eval-only: set MODEL.WEIGHTS to the checkpoint to evaluate")
             check_weights(cfg)
         cfg.freeze()
         run(main, args, num_gpus, cfg)
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     except ProcessExitedException as error:
         sys.exit(error.exit_code)  # a worker has printed why
 

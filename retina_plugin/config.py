@@ -11,6 +11,9 @@ __all__ = ["add_retina_config"]
 # key -> default. Defaults of MODEL.RETINANET are Detectron2's behaviour, so that changing only
 # META_ARCHITECTURE keeps a user's results; the paper's protocol is what configs/ sets.
 _DEFAULTS: dict[str, Any] = {
+    # Your Python files ("my_loss.py", seen from the working directory) or modules ("my.package"),
+    # imported before anything is built: they register your losses, heads, datasets, evaluators.
+    "IMPORTS": (),
     # Subnets on the pyramid (section 4), a name in RETINANET_HEAD_REGISTRY.
     "MODEL.RETINANET.HEAD": "RetinaHead",
     # Classification loss (sections 3.1, 3.2), a name in CLS_LOSS_REGISTRY: FocalLoss, CrossEntropy.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import reduce
-from typing import Any, Optional
+from typing import Any
 
 from fvcore.common.registry import Registry  # the class that Detectron2's own registries are
 
@@ -24,7 +24,7 @@ class ComponentRegistry(Registry):
         aliases: other spellings of some names that the key accepts.
     """
 
-    def __init__(self, key: str, aliases: Optional[Mapping[str, str]] = None) -> None:
+    def __init__(self, key: str, aliases: Mapping[str, str] | None = None) -> None:
         super().__init__(key)
         self.key = key
         self.aliases = dict(aliases or {})

@@ -29,8 +29,10 @@ def check_datasets(cfg: Any, splits: tuple[str, ...] = ("TRAIN", "TEST")) -> Non
     for split in splits:
         names = cfg.DATASETS[split]
         if split == "TRAIN" and not names:
-            raise ConfigError("DATASETS.TRAIN is empty: name a registered dataset, e.g. "
-                              '("coco_2017_train",) or ("digits_scenes_train",)')
+            raise ConfigError(
+                "DATASETS.TRAIN is empty: name a registered dataset, e.g. "
+                '("coco_2017_train",) or ("digits_scenes_train",)'
+            )
         for name in names:
             _check_dataset(f"DATASETS.{split}", name)
 
@@ -38,21 +40,24 @@ def check_datasets(cfg: Any, splits: tuple[str, ...] = ("TRAIN", "TEST")) -> Non
 def _check_dataset(key: str, name: str) -> None:
     if name not in DatasetCatalog:
         near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        hint = f"did you mean {', '.join(near)}? " if near else ""
         raise ConfigError(
-            f"{key}: no dataset '{name}' is registered{hint} Register yours with "
+            f"{key}: no dataset '{name}' is registered; {hint}Register yours with "
             "detectron2.data.datasets.register_coco_instances before training (see the README)"
         )
     metadata = MetadataCatalog.get(name)
     prepare = metadata.get("prepare")
     if prepare is not None:
-        prepare()
+        try:
+            prepare()
+        except ModuleNotFoundError as error:  # an extra is not installed: the message says which
+            raise ConfigError(f"{key}: {name}: {error}") from None
     for attribute in ("json_file", "image_root"):
         path = metadata.get(attribute)
         if path is None or "://" in path or os.path.exists(path):
             continue
         if name.startswith("coco_"):
-            root = os.path.abspath(os.getenv("DETECTRON2_DATASETS", "datasets"))
+            root = os.path.abspath(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
             where = (
                 f"put COCO under {root} as {_COCO_LAYOUT}, or set the environment variable "
                 "DETECTRON2_DATASETS to the folder that holds coco/"

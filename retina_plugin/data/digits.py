@@ -195,7 +195,8 @@ def _overlap(a: tuple[int, int, int, int], b: list[int]) -> float:
 def _write_coco(root: Path, split: str, scenes) -> None:
     folder = root / split
     folder.mkdir()
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for index, (image, objects) in enumerate(scenes, start=1):
         name = f"{index:06d}.png"
         if not cv2.imwrite(str(folder / name), image):

@@ -1,6 +1,13 @@
 """Training and evaluation on Detectron2's engine."""
 
-from .setup import argument_parser, check_config, check_devices, check_weights, setup_cfg
+from .setup import (
+    argument_parser,
+    check_config,
+    check_devices,
+    check_weights,
+    import_user_modules,
+    setup_cfg,
+)
 from .trainer import Trainer
 
 __all__ = [
@@ -9,5 +16,6 @@ __all__ = [
     "check_config",
     "check_devices",
     "check_weights",
+    "import_user_modules",
     "setup_cfg",
 ]

@@ -8,7 +8,7 @@ import logging
 import resource
 import sys
 from pathlib import Path
-from typing import Any, Optional, TextIO
+from typing import Any, TextIO
 
 import torch
 from detectron2.engine import HookBase, hooks
@@ -20,7 +20,7 @@ __all__ = ["BestCheckpoint", "Pictures", "ProgressBar"]
 
 
 class BestCheckpoint(hooks.BestCheckpointer):
-    """Detectron2's hook, which keeps ``model_best.pth``, but it goes on with the best after a resume.
+    """Detectron2's hook that keeps ``model_best.pth``, but a resumed run knows the best so far.
 
     Args: see Detectron2's; the best value so far is kept beside the checkpoint, in
         ``model_best.json``.
@@ -49,9 +49,9 @@ class ProgressBar(HookBase):
     above the bar.
     """
 
-    def __init__(self, stream: Optional[TextIO] = None) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
-        self._bar: Optional[tqdm] = None
+        self._bar: tqdm | None = None
         self._undo = contextlib.ExitStack()
 
     def before_train(self) -> None:

@@ -11,6 +11,8 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 
+from retina_plugin.errors import ConfigError
+
 __all__ = ["run", "under_torchrun"]
 
 
@@ -26,6 +28,9 @@ def run(main: Callable[..., None], args: argparse.Namespace, num_gpus: int, *res
         main: a module-level function, since processes are spawned.
         args: with ``num_machines``, ``machine_rank`` and ``dist_url`` (see Detectron2's parser).
         num_gpus: processes of this machine; 0 and 1 stay in this process.
+
+    Raises:
+        ConfigError: more processes than GPUs under ``torchrun``.
     """
     if not under_torchrun():
         launch(
@@ -37,10 +42,16 @@ def run(main: Callable[..., None], args: argparse.Namespace, num_gpus: int, *res
             args=(args, *rest),
         )
         return
+    num_processes = int(os.environ["LOCAL_WORLD_SIZE"])
     if num_gpus:
+        if num_processes > num_gpus:
+            raise ConfigError(
+                f"torchrun --nproc_per_node {num_processes}: there are {num_gpus} GPUs for these "
+                "processes; start as many as there are, or train on the CPU with --num-gpus 0"
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group(backend="nccl" if num_gpus else "gloo")
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    comm.create_local_process_group(num_processes)
     try:
         main(args, *rest)
     finally:

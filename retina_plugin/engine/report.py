@@ -18,7 +18,7 @@ from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
 matplotlib.use("Agg")  # no display is needed; Detectron2 has the same dependency
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 __all__ = ["draw_detections", "draw_training_curves"]
 
@@ -54,7 +54,7 @@ def draw_training_curves(metrics: str | os.PathLike, path: str | os.PathLike) ->
         ("losses", ["total_loss", "loss_cls", "loss_box_reg"], "log"),
         (
             "classification loss",
-            ["retinanet/loss_cls_foreground", "retinanet/loss_cls_background"],
+            ["retinanet/cls_foreground", "retinanet/cls_background"],
             "log",
         ),
         ("AP on the validation set", ["bbox/AP", "bbox/AP50", "bbox/AP75"], "linear"),
@@ -113,8 +113,14 @@ def draw_detections(
         # wrapped in DistributedDataParallel, only this process runs the model: use the inner one
         detector = getattr(model, "module", model)
         instances = detector([mapper(record)])[0]["instances"].to("cpu")
-        axis.imshow(_draw(utils.read_image(record["file_name"], "RGB"), record, instances[
-            instances.scores > score_thresh], metadata))
+        axis.imshow(
+            _draw(
+                utils.read_image(record["file_name"], "RGB"),
+                record,
+                instances[instances.scores > score_thresh],
+                metadata,
+            )
+        )
         axis.set_title(Path(record["file_name"]).name, fontsize=8)
     figure.suptitle(
         f"{name}: ground truth ({_GT_COLOUR}), detections with score > {score_thresh} "

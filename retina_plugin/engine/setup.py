@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
+import importlib.util
 import os
+import sys
 from pathlib import Path
-from typing import Any, Optional
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
 from detectron2.utils.file_io import Detectron2Handler, PathManager
@@ -18,13 +21,22 @@ from retina_plugin.config import add_retina_config
 from retina_plugin.data.checks import check_datasets, check_num_classes
 from retina_plugin.errors import ConfigError
 
-__all__ = ["argument_parser", "check_config", "check_devices", "check_weights", "setup_cfg"]
+__all__ = [
+    "argument_parser",
+    "check_config",
+    "check_devices",
+    "check_weights",
+    "import_user_modules",
+    "setup_cfg",
+]
 
 logger = setup_logger(name="retina_plugin")
 
-# Keys of MODEL.ROI_HEADS that users set for RetinaNet and that it does not read.
+# What to set instead of a key of MODEL.ROI_HEADS, none of which RetinaNet reads.
 _ROI_HEADS_TWINS = {
+    "NAME": "MODEL.RETINANET.HEAD",
     "NUM_CLASSES": "MODEL.RETINANET.NUM_CLASSES",
+    "IN_FEATURES": "MODEL.RETINANET.IN_FEATURES",
     "SCORE_THRESH_TEST": "MODEL.RETINANET.SCORE_THRESH_TEST",
     "NMS_THRESH_TEST": "MODEL.RETINANET.NMS_THRESH_TEST",
     "IOU_THRESHOLDS": "MODEL.RETINANET.IOU_THRESHOLDS",
@@ -46,13 +58,14 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def setup_cfg(config_file: str, opts: Optional[list[str]] = None) -> CfgNode:
-    """Defaults, the file with its ``_BASE_``, then ``KEY VALUE`` pairs; not frozen.
+def setup_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
+    """Defaults, the file with its ``_BASE_``, ``KEY VALUE`` pairs; then ``IMPORTS``. Not frozen.
 
     ``OUTPUT_DIR``, where neither the file nor ``opts`` sets it, is ``output/<the file's name>``.
 
     Raises:
-        ConfigError: no such file, or a key that does not exist (with the nearest ones).
+        ConfigError: no such file, a file that is no YAML, or a key that does not exist (with the
+            nearest ones).
     """
     if not os.path.isfile(config_file):
         raise ConfigError(f"--config-file: no file {config_file}")
@@ -61,15 +74,17 @@ def setup_cfg(config_file: str, opts: Optional[list[str]] = None) -> CfgNode:
     try:
         cfg.merge_from_file(config_file)
         cfg.merge_from_list(list(opts or []))
-    except (KeyError, AssertionError, ValueError) as error:
+    except (KeyError, AssertionError, ValueError, OSError, yaml.YAMLError) as error:
         raise ConfigError(_explain(error, cfg, config_file)) from None
-    if cfg.OUTPUT_DIR == default_output_dir:
+    if default_output_dir == cfg.OUTPUT_DIR:
         cfg.OUTPUT_DIR = os.path.join("output", Path(config_file).stem)
+    import_user_modules(cfg)
     return cfg
 
 
 def _explain(error: Exception, cfg: CfgNode, config_file: str) -> str:
-    text = str(error.args[0] if error.args else error)
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    text = " ".join(text.split())  # YAML's errors have several lines
     key = text.rsplit(": ", 1)[-1] if text.startswith("Non-existent") else ""
     near = difflib.get_close_matches(key, _all_keys(cfg), n=3) if key else []
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
@@ -77,11 +92,41 @@ def _explain(error: Exception, cfg: CfgNode, config_file: str) -> str:
 
 
 def _all_keys(cfg: CfgNode, prefix: str = "") -> list[str]:
-    keys = []
+    keys: list[str] = []
     for name, value in cfg.items():
         is_node = isinstance(value, CfgNode)
         keys += _all_keys(value, f"{prefix}{name}.") if is_node else [prefix + name]
     return keys
+
+
+def import_user_modules(cfg: CfgNode) -> None:
+    """Import what ``IMPORTS`` names, once a process.
+
+    Raises:
+        ConfigError: a file or module that is not there. What a file itself raises is not caught.
+    """
+    for name in cfg.IMPORTS:
+        if not name.endswith(".py"):
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if not f"{name}.".startswith(f"{error.name}."):
+                    raise  # the module is there, something that it imports is not
+                raise ConfigError(
+                    f"IMPORTS: no module '{name}' is installed or on PYTHONPATH"
+                ) from None
+            continue
+        path = os.path.abspath(name)
+        if not os.path.isfile(path):
+            raise ConfigError(f"IMPORTS: no file {path}")
+        module_name = Path(path).stem
+        if getattr(sys.modules.get(module_name), "__file__", None) == path:
+            continue
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None  # it is a file that ends with .py
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # so that its classes can be pickled
+        spec.loader.exec_module(module)
 
 
 def check_config(cfg: CfgNode, eval_only: bool = False) -> None:
@@ -92,25 +137,32 @@ def check_config(cfg: CfgNode, eval_only: bool = False) -> None:
     Raises:
         ConfigError: the first thing that can't work, with the key and the fix.
     """
+    if not eval_only and cfg.SOLVER.IMS_PER_BATCH < 1:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH must be at least 1, got {cfg.SOLVER.IMS_PER_BATCH}"
+        )
     check_datasets(cfg, ("TEST",) if eval_only else ("TRAIN", "TEST"))
     check_num_classes(cfg)
+    _check_p6_source(cfg)
     _warn_roi_heads(cfg)
     if not eval_only:
         _warn_learning_rate(cfg)
 
 
-def check_devices(cfg: CfgNode, num_gpus: Optional[int]) -> int:
+def check_devices(cfg: CfgNode, num_gpus: int | None) -> int:
     """The number of GPUs to use; with none, ``cfg.MODEL.DEVICE`` "cuda" becomes "cpu".
 
     Args:
-        num_gpus: what was asked for; None is all that are there.
+        num_gpus: what was asked for; None is all that are there, if ``MODEL.DEVICE`` wants one.
 
     Raises:
         ConfigError: more GPUs than there are, or a setting that needs one where there is none.
     """
     available = torch.cuda.device_count()
     if num_gpus is None:
-        num_gpus = available
+        num_gpus = available if cfg.MODEL.DEVICE.startswith("cuda") else 0
+    if num_gpus < 0:
+        raise ConfigError(f"--num-gpus {num_gpus}: ask for 0 (the CPU) or more")
     if num_gpus > available:
         raise ConfigError(
             f"--num-gpus {num_gpus}: this machine has {available}; ask for at most that, or leave "
@@ -153,15 +205,25 @@ def _last_line(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
+def _check_p6_source(cfg: CfgNode) -> None:
+    source, builder = cfg.MODEL.RETINANET.P6_SOURCE, cfg.MODEL.BACKBONE.NAME
+    if source != "res5" and builder == "build_retinanet_resnet_fpn_backbone":
+        raise ConfigError(
+            f"MODEL.RETINANET.P6_SOURCE {source} is not read by MODEL.BACKBONE.NAME {builder}: "
+            "set MODEL.BACKBONE.NAME build_retina_fpn_backbone"
+        )
+
+
 def _warn_roi_heads(cfg: CfgNode) -> None:
     defaults = get_cfg().MODEL.ROI_HEADS
-    for name, twin in _ROI_HEADS_TWINS.items():
-        if cfg.MODEL.ROI_HEADS[name] != defaults[name]:
+    for name, value in cfg.MODEL.ROI_HEADS.items():
+        if name not in defaults or value != defaults[name]:
+            twin = _ROI_HEADS_TWINS.get(name)
             logger.warning(
-                "MODEL.ROI_HEADS.%s is set to %s, but RetinaNet does not read it: use %s",
+                "MODEL.ROI_HEADS.%s is set to %s, but RetinaNet does not read it%s",
                 name,
-                cfg.MODEL.ROI_HEADS[name],
-                twin,
+                value,
+                f": use {twin}" if twin else "",
             )
 
 
@@ -178,5 +240,3 @@ def _warn_learning_rate(cfg: CfgNode) -> None:
             expected,
             per_image,
         )
-
-

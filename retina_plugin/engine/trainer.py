@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from typing import Any, Optional
+from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import (
@@ -48,7 +48,7 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         check_num_classes(cfg)  # again: a user's dataset may know its classes only once loaded
-        ddp_args = {"broadcast_buffers": False}
+        ddp_args: dict[str, Any] = {"broadcast_buffers": False}
         if cfg.MODEL.DEVICE == "cpu":
             ddp_args["device_ids"] = None
         model = create_ddp_model(model, **ddp_args)
@@ -79,7 +79,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(
-        cls, cfg: Any, dataset_name: str, output_dir: Optional[str] = None
+        cls, cfg: Any, dataset_name: str, output_dir: str | None = None
     ) -> DatasetEvaluator:
         """The evaluator that ``TEST.EVALUATOR`` names; its files go to OUTPUT_DIR/inference/SET."""
         if output_dir is None:
@@ -101,7 +101,7 @@ class Trainer(DefaultTrainer):
         if normalizer is not None and "loss_normalizer_ema" in state_dict:
             normalizer.ema.fill_(state_dict["loss_normalizer_ema"])
 
-    def _normalizer(self) -> Optional[LossNormalizer]:
+    def _normalizer(self) -> LossNormalizer | None:
         # a user's own meta-architecture may have another one, or none
         model = getattr(self.model, "module", self.model)
         normalizer = getattr(model, "normalizer", None)

@@ -12,7 +12,7 @@ A loss is a class with ``value(x_t)`` and, if it is known in closed form, ``deri
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class ClassificationLoss:
         ConfigError: alpha outside [0, 1].
     """
 
-    def __init__(self, alpha: Optional[float] = None) -> None:
+    def __init__(self, alpha: float | None = None) -> None:
         if alpha is not None and not 0.0 <= alpha <= 1.0:
             raise ConfigError(f"alpha must be in [0, 1] or None, got {alpha}")
         self.alpha = alpha
@@ -104,7 +104,7 @@ class FocalLoss(ClassificationLoss):
         ConfigError: negative gamma.
     """
 
-    def __init__(self, alpha: Optional[float] = 0.25, gamma: float = 2.0) -> None:
+    def __init__(self, alpha: float | None = 0.25, gamma: float = 2.0) -> None:
         super().__init__(alpha)
         if gamma < 0:
             raise ConfigError(f"gamma must be >= 0, got {gamma}")
@@ -123,4 +123,3 @@ class FocalLoss(ClassificationLoss):
     def from_config(cls, cfg: Any) -> dict[str, Any]:
         """``FOCAL_LOSS_ALPHA`` and ``FOCAL_LOSS_GAMMA``, with Detectron2's meaning."""
         return {**super().from_config(cfg), "gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA}
-

@@ -17,7 +17,7 @@ from torchvision import ops  # GIoU, DIoU and CIoU
 from retina_plugin.errors import ConfigError
 from retina_plugin.registry import ComponentRegistry
 
-__all__ = ["BOX_LOSS_REGISTRY", "CIoU", "DIoU", "GIoU", "L1", "SmoothL1"]
+__all__ = ["BOX_LOSS_REGISTRY", "L1", "CIoU", "DIoU", "GIoU", "SmoothL1"]
 
 # Entries are called with (prediction_P4, target_P4) and return (P,) losses.
 BOX_LOSS_REGISTRY = ComponentRegistry(
@@ -106,4 +106,3 @@ class CIoU(_BoxLoss):
 
     def __call__(self, prediction_P4: Tensor, target_P4: Tensor) -> Tensor:
         return ops.complete_box_iou_loss(prediction_P4, target_P4)
-

@@ -58,7 +58,7 @@ class FocalRetinaNet(DenseDetector):
         vis_period: every so many iterations ground truth and predictions go to the event storage
             as a picture; 0 never.
         input_format: channel order of the images, for the picture ("BGR" or "RGB").
-        pixel_mean, pixel_std: K and order of ``input_format``, pixels in [0, 255].
+        pixel_mean, pixel_std: by channel in the order of ``input_format``; pixels are 0 to 255.
     """
 
     @configurable
@@ -133,15 +133,6 @@ class FocalRetinaNet(DenseDetector):
             "input_format": cfg.INPUT.FORMAT,
         }
 
-    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Detectron2's standard: losses in training, [{"instances": Instances}] in inference."""
-        # kept for the picture of VIS_PERIOD, which needs the original pixels
-        self._batched_inputs = batched_inputs
-        try:
-            return super().forward(batched_inputs)
-        finally:
-            del self._batched_inputs
-
     def forward_training(
         self,
         images: ImageList,
@@ -163,8 +154,7 @@ class FocalRetinaNet(DenseDetector):
         divisor_N = self.normalizer(targets.num_positives_N())
         self._log(anchors, targets, cls_sums, divisor_N)
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
-            results = self.forward_inference(images, features, predictions)
-            self.visualize_training(self._batched_inputs, results)
+            self._visualize(images, gt_instances, features, predictions)
         return {
             "loss_cls": (cls_sums.total / divisor_N).sum(),
             "loss_box_reg": (box_sum_N / divisor_N).sum(),
@@ -183,7 +173,7 @@ class FocalRetinaNet(DenseDetector):
     def _box_loss_sums(
         self, anchors: list[Boxes], deltas: list[Tensor], targets: DenseTargets
     ) -> Tensor:
-        """(N,) sums over the positives of each image; exactly 0, with a graph, where it has none."""
+        """(N,) sums over the positives of an image; exactly 0, with a graph, where it has none."""
         anchors_P4 = Boxes.cat(anchors).tensor[targets.positive_anchor]
         deltas_P4 = gather_anchors(deltas, targets.positive_image, targets.positive_anchor, 4)
         if self.box_loss.on == "boxes":
@@ -195,6 +185,21 @@ class FocalRetinaNet(DenseDetector):
             loss_P = self.box_loss(deltas_P4.float(), target_P4)
         sums_N = loss_P.new_zeros(targets.num_images)
         return sums_N.index_add(0, targets.positive_image, loss_P)
+
+    @torch.no_grad()
+    def _visualize(
+        self,
+        images: ImageList,
+        gt_instances: list[Instances],
+        features: list[Tensor],
+        predictions: tuple[list[Tensor], list[Tensor]],
+    ) -> None:
+        """Ground truth and predictions of the first image, as a picture in the event storage."""
+        pixels = (images[0] * self.pixel_std + self.pixel_mean).round()
+        results = self.forward_inference(images, features, predictions)
+        self.visualize_training(
+            [{"image": pixels, "instances": gt_instances[0].to("cpu")}], results[:1]
+        )
 
     @torch.no_grad()
     def _log(
@@ -211,9 +216,9 @@ class FocalRetinaNet(DenseDetector):
             storage.put_scalar(f"retinanet/num_pos_{name}", count)
         storage.put_scalars(
             **{
-                "retinanet/loss_cls_foreground": (cls_sums.foreground / divisor_N).sum().item(),
-                "retinanet/loss_cls_background": (cls_sums.background / divisor_N).sum().item(),
+                "retinanet/cls_foreground": (cls_sums.foreground / divisor_N).sum().item(),
+                "retinanet/cls_background": (cls_sums.background / divisor_N).sum().item(),
                 # of the whole batch, in whatever mode: sum of losses / this = the loss
-                "retinanet/loss_normalizer": divisor_N.mean().item(),
+                "retinanet/normalizer": divisor_N.mean().item(),
             }
         )

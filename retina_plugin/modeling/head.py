@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Optional, Union
+from typing import Any
 
 from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
 from detectron2.modeling.anchor_generator import build_anchor_generator
@@ -61,7 +61,7 @@ class RetinaHead(nn.Module):
         num_classes: int,
         num_anchors: int,
         num_convs: int = 4,
-        channels: Optional[int] = None,
+        channels: int | None = None,
         norm: str = "",
         prior_prob: float = 0.01,
     ) -> None:
@@ -83,6 +83,7 @@ class RetinaHead(nn.Module):
         self.bbox_subnet = subnet()
         self.cls_score = _conv(last_channels, num_anchors * num_classes)
         self.bbox_pred = _conv(last_channels, num_anchors * 4)
+        assert self.cls_score.bias is not None
         nn.init.constant_(self.cls_score.bias, prior_bias(prior_prob))
         self.num_levels = num_levels
 
@@ -91,7 +92,7 @@ class RetinaHead(nn.Module):
         """Arguments from ``MODEL.RETINANET`` and the anchors of ``MODEL.ANCHOR_GENERATOR``.
 
         Raises:
-            ConfigError: levels with different numbers of anchors, which one shared conv can't serve.
+            ConfigError: levels with different numbers of anchors.
         """
         num_anchors = build_anchor_generator(cfg, list(input_shape)).num_cell_anchors
         if len(set(num_anchors)) != 1:
@@ -112,7 +113,9 @@ class RetinaHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """L features (N, C, Hi, Wi) -> logits (N, A*K, Hi, Wi) and deltas (N, A*4, Hi, Wi)."""
         if len(features) != self.num_levels:
-            raise ValueError(f"the head was built for {self.num_levels} levels, not {len(features)}")
+            raise ValueError(
+                f"the head is for {self.num_levels} levels, not {len(features)}"
+            )
         logits = [self.cls_score(self.cls_subnet(f)) for f in features]
         deltas = [self.bbox_pred(self.bbox_subnet(f)) for f in features]
         return logits, deltas
@@ -121,11 +124,12 @@ class RetinaHead(nn.Module):
 def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
     nn.init.normal_(conv.weight, std=0.01)
+    assert conv.bias is not None  # nn.Conv2d has one by default; for the type checker
     nn.init.zeros_(conv.bias)
     return conv
 
 
-def _level_norm(norm: str, num_levels: int) -> Union[str, Callable[[int], nn.Module]]:
+def _level_norm(norm: str, num_levels: int) -> str | Callable[[int], nn.Module]:
     # The levels' activations differ in scale: batch statistics must not be shared by them, and the
     # cycle over the levels is what Detectron2 does (so are its parameter names).
     if norm not in ("BN", "SyncBN"):

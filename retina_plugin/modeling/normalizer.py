@@ -26,8 +26,8 @@ class LossNormalizer(nn.Module):
     - ema: sum of S_n / E with E <- momentum E + (1 - momentum) max(F, 1), as in Detectron2, and
       F the mean over processes of sum of F_n (Detectron2: each process by itself).
 
-    E is the buffer ``ema``: it moves with the model. It is not in the model's state dict, whose keys
-    stay Detectron2's, but in the trainer's, so that a resumed training goes on with it.
+    E is the buffer ``ema``: it moves with the model. It is not in the model's state dict, whose
+    keys stay Detectron2's, but in the trainer's, so that a resumed training goes on with it.
 
     Args:
         mode: one of the above (``NORMALIZER``).

@@ -29,4 +29,3 @@ class AllAnchors:
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
         return {}
-

@@ -1,0 +1,65 @@
+"""The registered losses: what they compute from a config, and what they refuse."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.config import get_cfg
+
+from retina_plugin import add_retina_config
+from retina_plugin.errors import ConfigError
+from retina_plugin.losses import CLS_LOSS_REGISTRY, ClassificationLoss, CrossEntropy, FocalLoss
+
+
+def cfg_with(**retinanet):
+    cfg = add_retina_config(get_cfg())
+    for key, value in retinanet.items():
+        cfg.MODEL.RETINANET[key] = value
+    return cfg
+
+
+def test_default_is_detectron2s_focal_loss():
+    loss = CLS_LOSS_REGISTRY.build(cfg_with())
+    assert repr(loss) == "FocalLoss(alpha=0.25, gamma=2.0)"
+
+
+@pytest.mark.parametrize("alpha", [None, -1.0])
+def test_no_alpha_weighs_both_labels_1(alpha):
+    """None, and a negative number as fvcore and Detectron2 have it."""
+    loss = CLS_LOSS_REGISTRY.build(cfg_with(CLS_LOSS="CrossEntropy", FOCAL_LOSS_ALPHA=alpha))
+    assert isinstance(loss, CrossEntropy)
+    assert (loss.positive_weight, loss.negative_weight) == (1.0, 1.0)
+
+
+def test_alpha_weighs_positives_and_its_complement_negatives():
+    loss = CLS_LOSS_REGISTRY.build(cfg_with(CLS_LOSS="CrossEntropy", FOCAL_LOSS_ALPHA=0.75))
+    assert (loss.positive_weight, loss.negative_weight) == (0.75, 0.25)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), FocalLoss(gamma=0.5), FocalLoss(gamma=2.0)])
+def test_closed_form_derivative_is_autograds(loss):
+    x_t = torch.linspace(-12, 12, 241, dtype=torch.float64)
+    by_autograd = ClassificationLoss.derivative(loss, x_t)
+    torch.testing.assert_close(loss.derivative(x_t), by_autograd)
+
+
+def test_unknown_loss_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"CLS_LOSS.*'Fokal'.*CrossEntropy, FocalLoss"):
+        CLS_LOSS_REGISTRY.build(cfg_with(CLS_LOSS="Fokal"))
+
+
+@pytest.mark.parametrize("make", [lambda: FocalLoss(alpha=1.5), lambda: FocalLoss(gamma=-1.0)])
+def test_impossible_settings_are_refused(make):
+    with pytest.raises(ConfigError, match="must be"):
+        make()
+
+
+def test_users_loss_needs_only_a_value():
+    """The README's example: a registered class with ``value`` alone."""
+
+    class SquaredCrossEntropy(ClassificationLoss):
+        def value(self, x_t):
+            return F.softplus(-x_t) ** 2
+
+    x_t = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
+    expected = -2 * F.softplus(-x_t) * torch.sigmoid(-x_t)
+    torch.testing.assert_close(SquaredCrossEntropy().derivative(x_t), expected)

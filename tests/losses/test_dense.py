@@ -1,0 +1,220 @@
+"""The loss engine against float64 autograd over one-hot targets."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from retina_plugin.losses import (
+    ClassificationLoss,
+    CrossEntropy,
+    DenseTargets,
+    FocalLoss,
+    dense,
+    dense_classification_loss,
+)
+
+N, A, K = 3, 2, 5
+LEVELS = [(7, 9), (4, 5), (1, 2)]
+R = sum(h * w * A for h, w in LEVELS)
+GAMMAS = [0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
+
+
+def random_logits(dtype=torch.float32, spread=4.0, channels_last=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    levels = [torch.randn(N, A * K, h, w, generator=generator) * spread - 2 for h, w in LEVELS]
+    if channels_last:
+        levels = [x.contiguous(memory_format=torch.channels_last) for x in levels]
+    return [x.to(dtype).requires_grad_() for x in levels]
+
+
+def random_targets(num_positive=14, num_ignored=11, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    # image 2 has neither: it is background only
+    chosen = torch.randperm(2 * R, generator=generator)[: num_positive + num_ignored]
+    positive, ignored = chosen[:num_positive], chosen[num_positive:]
+    return DenseTargets(
+        num_images=N,
+        positive_image=positive // R,
+        positive_anchor=positive % R,
+        positive_class=torch.randint(K, (num_positive,), generator=generator),
+        positive_gt_box=torch.zeros(num_positive, 4),
+        ignored_image=ignored // R,
+        ignored_anchor=ignored % R,
+    )
+
+
+def textbook(logits, targets, alpha, gamma):
+    """Permuted, concatenated, one-hot, in float64: sums (N,) of Eq. 5 and their gradients."""
+    leaves = [x.detach().double().requires_grad_() for x in logits]
+    flat = torch.cat(
+        [x.view(N, A, K, *x.shape[2:]).permute(0, 3, 4, 1, 2).reshape(N, -1, K) for x in leaves], 1
+    )
+    onehot = torch.zeros_like(flat)
+    onehot[targets.positive_image, targets.positive_anchor, targets.positive_class] = 1
+    counted = torch.ones(N, R, 1, dtype=torch.float64)
+    counted[targets.ignored_image, targets.ignored_anchor] = 0
+    x_t = torch.where(onehot == 1, flat, -flat)
+    loss = -(torch.sigmoid(-x_t) ** gamma) * F.logsigmoid(x_t) * counted
+    if alpha is not None:
+        loss = loss * torch.where(onehot == 1, alpha, 1 - alpha)
+    sums = loss.sum(dim=(1, 2))
+    grads = torch.autograd.grad(sums.sum(), leaves)
+    return sums.detach(), grads
+
+
+@pytest.mark.parametrize("alpha", [None, 0.25, 0.75])
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("spread", [4.0, 40.0])  # the latter reaches |x| = 100
+def test_float32_agrees_with_float64_autograd(alpha, gamma, spread):
+    logits, targets = random_logits(spread=spread), random_targets()
+    out = dense_classification_loss(logits, targets, FocalLoss(alpha, gamma), K)
+    out.total.sum().backward()
+    sums, grads = textbook(logits, targets, alpha, gamma)
+    torch.testing.assert_close(out.total.double(), sums, rtol=1e-6, atol=0)
+    for x, expected in zip(logits, grads):
+        torch.testing.assert_close(x.grad.double(), expected, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_16_bit_logits_lose_only_their_own_rounding(dtype, gamma):
+    logits, targets = random_logits(dtype), random_targets()
+    out = dense_classification_loss(logits, targets, FocalLoss(0.25, gamma), K)
+    out.total.sum().backward()
+    sums, grads = textbook(logits, targets, 0.25, gamma)
+    assert out.total.dtype == torch.float32
+    torch.testing.assert_close(out.total.double(), sums, rtol=1e-6, atol=0)
+    half_ulp = torch.finfo(dtype).eps / 2
+    smallest = 6e-8 if dtype == torch.float16 else 1e-30  # float16's denormals
+    for x, expected in zip(logits, grads):
+        assert x.grad.dtype == dtype
+        torch.testing.assert_close(x.grad.double(), expected, rtol=1.01 * half_ulp, atol=smallest)
+
+
+def test_float64_is_computed_in_float64():
+    logits, targets = random_logits(torch.float64), random_targets()
+    out = dense_classification_loss(logits, targets, FocalLoss(), K)
+    assert out.total.dtype == torch.float64
+    sums, _ = textbook(logits, targets, 0.25, 2.0)
+    torch.testing.assert_close(out.total, sums, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 40, 1000, 1 << 17])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pieces_and_memory_layout_change_nothing(monkeypatch, piece, channels_last):
+    monkeypatch.setattr(dense, "_PIECE", piece)
+    logits, targets = random_logits(channels_last=channels_last), random_targets()
+    out = dense_classification_loss(logits, targets, FocalLoss(), K)
+    out.total.sum().backward()
+    sums, grads = textbook(logits, targets, 0.25, 2.0)
+    torch.testing.assert_close(out.total.double(), sums, rtol=1e-6, atol=0)
+    for x, expected in zip(logits, grads):
+        assert x.grad.stride() == x.stride()
+        torch.testing.assert_close(x.grad.double(), expected, rtol=1e-6, atol=1e-30)
+
+
+def test_gradient_is_scaled_by_image():
+    logits, targets = random_logits(), random_targets()
+    weight = torch.tensor([0.5, 2.0, 0.0])
+    total = dense_classification_loss(logits, targets, FocalLoss(), K).total
+    (total * weight).sum().backward()
+    _, grads = textbook(logits, targets, 0.25, 2.0)
+    for x, expected in zip(logits, grads):
+        expected = expected * weight.view(-1, 1, 1, 1)
+        torch.testing.assert_close(x.grad.double(), expected, rtol=1e-6, atol=1e-30)
+
+
+def test_parts_add_up_and_empty_images_have_no_foreground():
+    logits, targets = random_logits(), random_targets()
+    out = dense_classification_loss(logits, targets, FocalLoss(), K)
+    torch.testing.assert_close(out.foreground + out.background, out.total.detach())
+    assert out.foreground[2] == 0 and (out.foreground[:2] > 0).all()
+    assert not out.foreground.requires_grad and not out.background.requires_grad
+
+
+def test_everything_ignored_is_exactly_zero():
+    logits = random_logits()
+    everything = torch.arange(N * R)
+    none = torch.zeros(0, dtype=torch.int64)
+    targets = DenseTargets(N, none, none, none, torch.zeros(0, 4), everything // R, everything % R)
+    out = dense_classification_loss(logits, targets, FocalLoss(), K)
+    out.total.sum().backward()
+    assert torch.equal(out.total.detach(), torch.zeros(N))
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in logits)
+
+
+def test_one_class_and_no_targets():
+    x = torch.zeros(1, 1, 1, 1, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    targets = DenseTargets(1, none, none, none, torch.zeros(0, 4), none, none)
+    total = dense_classification_loss([x], targets, CrossEntropy(), 1).total
+    total.sum().backward()
+    torch.testing.assert_close(total.item(), 0.6931471805599453)
+    assert x.grad.item() == 0.5
+
+
+def test_without_grad_the_value_is_the_same_and_no_gradient_is_made(monkeypatch):
+    logits, targets = random_logits(), random_targets()
+    with_grad = dense_classification_loss(logits, targets, FocalLoss(), K).total
+    monkeypatch.setattr(torch, "empty_like", None)  # what allocates the gradient
+    with torch.no_grad():
+        without = dense_classification_loss(logits, targets, FocalLoss(), K).total
+    assert not without.requires_grad
+    torch.testing.assert_close(without, with_grad.detach(), rtol=1e-7, atol=0)
+
+
+def test_second_backward_says_why_not():
+    logits, targets = random_logits(), random_targets()
+    total = dense_classification_loss(logits, targets, FocalLoss(), K).total.sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        total.backward()
+
+
+def test_logits_are_not_modified():
+    logits, targets = random_logits(), random_targets()
+    before = [x.detach().clone() for x in logits]
+    dense_classification_loss(logits, targets, FocalLoss(), K).total.sum().backward()
+    assert all(torch.equal(x, y) for x, y in zip(logits, before))
+
+
+def test_loss_with_a_value_only_gets_the_engine_for_nothing():
+    class OwnFocal(ClassificationLoss):
+        def value(self, x_t):
+            return torch.sigmoid(-x_t) ** 2 * F.softplus(-x_t)
+
+    logits, targets = random_logits(), random_targets()
+    out = dense_classification_loss(logits, targets, OwnFocal(alpha=0.25), K)
+    out.total.sum().backward()
+    sums, grads = textbook(logits, targets, 0.25, 2.0)
+    torch.testing.assert_close(out.total.double(), sums, rtol=1e-6, atol=0)
+    for x, expected in zip(logits, grads):
+        torch.testing.assert_close(x.grad.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_extra_memory_is_one_gradient():
+    """What stays allocated between forward and backward is 1x the logits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Peak(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and func.namespace == "aten":
+                self.largest = max(self.largest, out.untyped_storage().nbytes())
+            return out
+
+    big = [torch.randn(1, 9 * 80, 64, 64).requires_grad_()]
+    none = torch.zeros(0, dtype=torch.int64)
+    targets = DenseTargets(1, none, none, none, torch.zeros(0, 4), none, none)
+    with Peak() as peak:
+        dense_classification_loss(big, targets, FocalLoss(), 80)
+    # views of the logits and the gradient have the logits' storage; no temporary is as large
+    assert peak.largest == big[0].untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("shape", [(N, A * K + 1, 2, 2), (N + 1, A * K, 2, 2), (N, A * K, 4)])
+def test_logits_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"not \(N, A\*K, H, W\)"):
+        dense_classification_loss([torch.zeros(shape)], random_targets(0, 0), FocalLoss(), K)

@@ -1,0 +1,88 @@
+"""Elementwise losses against float64 autograd of the textbook formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fvcore.nn import sigmoid_focal_loss as fvcore_focal_loss
+from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
+
+from retina_plugin.losses import functional
+
+GAMMAS = [0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]  # Table 1b
+# the logits of a network, densely, and then up to |x| = 100
+X_T = torch.cat([torch.linspace(-30, 30, 6001), torch.linspace(-100, 100, 2001)])
+
+
+def textbook(x_t, gamma):
+    """-(1 - p_t)^gamma log(p_t) (Eq. 4) in float64, and its derivative by autograd."""
+    x_t = x_t.double().requires_grad_()
+    loss = -(torch.sigmoid(-x_t) ** gamma) * F.logsigmoid(x_t)
+    (derivative,) = torch.autograd.grad(loss.sum(), x_t)
+    return loss.detach(), derivative
+
+
+def assert_relatively_close(actual, expected):
+    # below 1e-30 float32 itself has no relative precision left (its denormals start at 1e-38,
+    # and (1 - p_t)^gamma is a product); there the absolute error is what matters
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-36)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_focal_and_its_derivative_agree_with_float64_autograd(gamma):
+    value, derivative = functional.focal_value_and_derivative(X_T, gamma)
+    expected_value, expected_derivative = textbook(X_T, gamma)
+    assert_relatively_close(value, expected_value)
+    assert_relatively_close(derivative, expected_derivative)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_separate_functions_are_the_fused_one(gamma):
+    value, derivative = functional.focal_value_and_derivative(X_T, gamma)
+    torch.testing.assert_close(functional.focal(X_T, gamma), value)
+    torch.testing.assert_close(functional.focal_derivative(X_T, gamma), derivative)
+
+
+def test_cross_entropy_agrees_with_float64_autograd():
+    value, derivative = textbook(X_T, 0.0)
+    assert_relatively_close(functional.cross_entropy(X_T), value)
+    assert_relatively_close(functional.cross_entropy_derivative(X_T), derivative)
+
+
+def test_focal_with_gamma_0_is_cross_entropy():
+    assert torch.equal(functional.focal(X_T, 0.0), functional.cross_entropy(X_T))
+
+
+def test_derivative_is_the_papers_equation_10():
+    """(1 - p_t)^gamma (gamma p_t log(p_t) + p_t - 1), as printed, in float64."""
+    x_t = torch.linspace(-8, 8, 101, dtype=torch.float64)
+    p_t = torch.sigmoid(x_t)
+    printed = (1 - p_t) ** 2 * (2 * p_t * p_t.log() + p_t - 1)
+    torch.testing.assert_close(functional.focal_derivative(x_t, 2.0), printed)
+
+
+def test_focal_discounts_easy_examples_as_section_3_2_says():
+    """p_t = .9: 100x less than CE with gamma 2; p_t = .968: about 1000x; p_t <= .5: at most 4x."""
+    x_t = torch.logit(torch.tensor([0.9, 0.968, 0.5], dtype=torch.float64))
+    ratio = functional.cross_entropy(x_t) / functional.focal(x_t, 2.0)
+    torch.testing.assert_close(ratio, torch.tensor([100, 976.5625, 4.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_derivative_tends_to_minus_the_slope_of_the_margin(gamma):
+    """Appendix B: at high confidence the derivative is 0, at confident mistakes it is -1."""
+    derivative = functional.focal_derivative(torch.tensor([-100.0, 100.0]), gamma)
+    torch.testing.assert_close(derivative[0].item(), -1.0)
+    assert abs(derivative[1]) < 1e-4
+
+
+@pytest.mark.parametrize("gamma", [g for g in GAMMAS if 0 < g < 1])
+@pytest.mark.parametrize("peer", [fvcore_focal_loss, torchvision_focal_loss])
+def test_finite_where_the_peers_give_nan(gamma, peer):
+    """A saturated correct logit: autograd through (1 - p_t) ** gamma is inf * 0 for gamma < 1."""
+    x = torch.tensor([[100.0, -100.0]], requires_grad=True)
+    target = torch.tensor([[1.0, 0.0]])
+    peer(x, target, alpha=0.75, gamma=gamma, reduction="sum").backward()
+    assert x.grad.isnan().all()
+
+    value, derivative = functional.focal_value_and_derivative(torch.tensor([100.0, -100.0]), gamma)
+    assert value.isfinite().all() and derivative.isfinite().all()

@@ -1,0 +1,71 @@
+"""Box losses against Detectron2's and fvcore's."""
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ciou_loss, diou_loss
+from fvcore.nn import giou_loss, smooth_l1_loss
+
+from retina_plugin import add_retina_config
+from retina_plugin.errors import ConfigError
+from retina_plugin.losses import BOX_LOSS_REGISTRY
+
+
+def build(name, **retinanet):
+    cfg = add_retina_config(get_cfg())
+    cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = name
+    for key, value in retinanet.items():
+        cfg.MODEL.RETINANET[key] = value
+    return BOX_LOSS_REGISTRY.build(cfg)
+
+
+def random_boxes(seed, n=40):
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(n, 2, generator=generator) * 50
+    return torch.cat([corner, corner + 5 + torch.rand(n, 2, generator=generator) * 60], dim=1)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.11, 1.0])
+def test_smooth_l1_is_fvcores(beta):
+    loss = build("smooth_l1", SMOOTH_L1_LOSS_BETA=beta)
+    prediction, target = torch.randn(30, 4), torch.randn(30, 4)
+    assert loss.on == "deltas"
+    expected = smooth_l1_loss(prediction, target, beta=beta, reduction="none").sum(dim=1)
+    torch.testing.assert_close(loss(prediction, target), expected)
+
+
+def test_l1_is_smooth_l1_with_beta_0():
+    prediction, target = torch.randn(30, 4), torch.randn(30, 4)
+    expected = build("smooth_l1", SMOOTH_L1_LOSS_BETA=0.0)(prediction, target)
+    torch.testing.assert_close(build("l1")(prediction, target), expected)
+
+
+@pytest.mark.parametrize(
+    "name, peer", [("giou", giou_loss), ("diou", diou_loss), ("ciou", ciou_loss)]
+)
+def test_iou_losses_are_detectron2s(name, peer):
+    loss = build(name)
+    assert loss.on == "boxes"
+    ours, theirs = (random_boxes(0).requires_grad_() for _ in range(2))
+    value, expected = loss(ours, random_boxes(1)), peer(theirs, random_boxes(1), reduction="none")
+    torch.testing.assert_close(value, expected)
+    value.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("name", ["smooth_l1", "l1", "giou", "diou", "ciou"])
+def test_perfect_and_no_boxes_are_zero(name):
+    loss = build(name)
+    boxes = random_boxes(2)
+    torch.testing.assert_close(loss(boxes, boxes), torch.zeros(len(boxes)), rtol=0, atol=1e-5)
+    assert loss(boxes[:0], boxes[:0]).shape == (0,)
+
+
+def test_a_registered_class_is_chosen_by_its_own_name():
+    assert type(build("GIoU")) is type(build("giou"))
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="BBOX_REG_LOSS_TYPE.*'iou'.*smooth_l1.*SmoothL1"):
+        build("iou")

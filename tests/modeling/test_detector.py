@@ -1,0 +1,242 @@
+"""FocalRetinaNet is a drop-in for Detectron2's RetinaNet."""
+
+import copy
+
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from retina_plugin import add_retina_config
+from retina_plugin.losses import BOX_LOSS_REGISTRY
+
+HEIGHT, WIDTH = 96, 128
+
+
+def detectron2_cfg(meta_architecture, norm="", depth=18):
+    """A RetinaNet YAML of Detectron2, with a small backbone; one line changed."""
+    cfg = add_retina_config(get_cfg())
+    cfg.merge_from_file(model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
+    cfg.MODEL.META_ARCHITECTURE = meta_architecture
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = ""
+    cfg.MODEL.RESNETS.DEPTH = depth
+    if depth == 18:
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+        cfg.MODEL.FPN.OUT_CHANNELS = 32
+    cfg.MODEL.RETINANET.NORM = norm
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """(ours, Detectron2's) with the same weights, spread enough to give detections."""
+    torch.manual_seed(0)
+    ours = build_model(detectron2_cfg("FocalRetinaNet")).eval()
+    with torch.no_grad():
+        images = ours.preprocess_image([{"image": image(0)}])
+        features = [ours.backbone(images.tensor)[f] for f in ours.head_in_features]
+        logits, deltas = ours.head(features)
+        ours.head.cls_score.bias.fill_(-4.0)
+        ours.head.cls_score.weight *= 2.0 / logits[0].std()
+        ours.head.bbox_pred.weight *= 0.3 / deltas[0].std()
+    theirs = build_model(detectron2_cfg("RetinaNet"))
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return ours, theirs
+
+
+def image(seed, height=HEIGHT, width=WIDTH):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), generator=generator).float()
+
+
+def record(seed, boxes, classes):
+    instances = Instances((HEIGHT, WIDTH))
+    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
+    return {"image": image(seed), "instances": instances, "height": HEIGHT, "width": WIDTH}
+
+
+MANY = [[x, y, x + 28, y + 34] for x in (2, 40, 80) for y in (3, 50)] + [[5, 5, 120, 90]]
+# IoU with the anchors between .4 and .5 (ignored ones) occurs with these odd boxes
+BATCHES = {
+    "many gt": [record(1, MANY, [0, 1, 2, 40, 79, 79, 5]), record(2, MANY[:4], [3, 3, 3, 3])],
+    "one gt": [record(3, [[10, 12, 60, 75]], [7])],
+    "one gt and none": [record(4, [[10, 12, 60, 75]], [7]), record(5, [], [])],
+    "none": [record(6, [], []), record(7, [], [])],
+}
+
+
+def losses_and_gradients(model, batch):
+    model.zero_grad()
+    model.train()
+    with EventStorage() as storage:
+        losses = model(copy.deepcopy(batch))
+        sum(losses.values()).backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return losses, grads, {k: v[0] for k, v in storage.latest().items()}
+
+
+def reset_average(pair):
+    ours, theirs = pair
+    ours.normalizer.ema.fill_(100)
+    theirs.loss_normalizer = 100
+
+
+@pytest.mark.parametrize("norm, depth", [("", 18), ("GN", 18), ("BN", 18), ("", 50)])
+def test_state_dicts_are_the_same_both_ways(norm, depth):
+    ours = build_model(detectron2_cfg("FocalRetinaNet", norm, depth))
+    theirs = build_model(detectron2_cfg("RetinaNet", norm, depth))
+    shapes = {k: v.shape for k, v in ours.state_dict().items()}
+    assert shapes == {k: v.shape for k, v in theirs.state_dict().items()}
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_losses_and_gradients_are_detectron2s(pair, batch):
+    reset_average(pair)
+    (ours, grads, scalars), (theirs, expected, their_scalars) = (
+        losses_and_gradients(model, batch) for model in pair
+    )
+    assert ours.keys() == theirs.keys()
+    for name, loss in theirs.items():
+        torch.testing.assert_close(ours[name], loss, rtol=1e-5, atol=0)
+    assert grads.keys() == expected.keys()
+    for name, grad in expected.items():
+        # relative to the largest entry: small ones are sums in another order
+        scale = grad.abs().max().item()
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5 * scale + 1e-12)
+    assert scalars["num_pos_anchors"] == their_scalars["num_pos_anchors"]
+
+
+def test_batches_have_positives_and_ignored_anchors(pair):
+    """What the comparison above relies on."""
+    ours = pair[0]
+    batch = BATCHES["many gt"]
+    images = ours.preprocess_image(batch)
+    features = [ours.backbone(images.tensor)[f] for f in ours.head_in_features]
+    targets = ours.labeler(
+        Boxes.cat(ours.anchor_generator(features)).tensor,
+        [x["instances"].gt_boxes.tensor for x in batch],
+        [x["instances"].gt_classes for x in batch],
+    )
+    assert len(targets.positive_anchor) > 20 and len(targets.ignored_anchor) > 10
+    assert len(targets.positive_class.unique()) >= 5
+
+
+@pytest.mark.parametrize("name", ["giou", "diou", "ciou", "smooth_l1"])
+def test_every_box_loss_is_detectron2s(pair, name, monkeypatch):
+    cfg = detectron2_cfg("FocalRetinaNet")
+    cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = name
+    monkeypatch.setattr(pair[0], "box_loss", BOX_LOSS_REGISTRY.build(cfg))
+    monkeypatch.setattr(pair[1], "box_reg_loss_type", name)
+    reset_average(pair)
+    (ours, grads, _), (theirs, expected, _) = (
+        losses_and_gradients(model, BATCHES["many gt"]) for model in pair
+    )
+    torch.testing.assert_close(ours["loss_box_reg"], theirs["loss_box_reg"], rtol=1e-5, atol=0)
+    grad, their = grads["head.bbox_pred.weight"], expected["head.bbox_pred.weight"]
+    torch.testing.assert_close(grad, their, rtol=1e-4, atol=1e-5 * their.abs().max().item())
+
+
+def test_moving_average_goes_on_as_detectron2s(pair):
+    reset_average(pair)
+    for batch in (BATCHES["many gt"], BATCHES["none"], BATCHES["one gt"]):
+        (ours, _, _), (theirs, _, _) = (losses_and_gradients(m, batch) for m in pair)
+        torch.testing.assert_close(ours["loss_cls"], theirs["loss_cls"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        pair[0].normalizer.ema.item(), pair[1].loss_normalizer, rtol=1e-6, atol=0
+    )
+
+
+def test_detections_are_detectron2s(pair):
+    """Boxes, scores, classes and order, with another output size than the network's."""
+    batch = [
+        {"image": image(8), "height": 192, "width": 256},
+        {"image": image(9, 70, 111), "height": 70, "width": 111},
+    ]
+    outputs = []
+    for model in pair:
+        model.eval()
+        with torch.no_grad():
+            outputs.append(model(copy.deepcopy(batch)))
+    for ours, theirs in zip(*outputs):
+        ours, theirs = ours["instances"], theirs["instances"]
+        assert len(theirs) > 20 and len(theirs.pred_classes.unique()) > 5
+        assert torch.equal(ours.pred_boxes.tensor, theirs.pred_boxes.tensor)
+        assert torch.equal(ours.scores, theirs.scores)
+        assert torch.equal(ours.pred_classes, theirs.pred_classes)
+        assert ours.image_size == theirs.image_size
+
+
+def test_test_keys_are_obeyed(pair):
+    ours = pair[0].eval()
+    batch = [{"image": image(8)}]
+
+    def detect(**changes):
+        inference = copy.copy(ours.inference)
+        vars(inference).update(changes)
+        original, ours.inference = ours.inference, inference
+        with torch.no_grad():
+            result = ours(batch)[0]["instances"]
+        ours.inference = original
+        return result
+
+    all_of_them = detect(max_detections=10_000)
+    assert len(detect(max_detections=7)) == 7
+    assert (detect(score_thresh=0.9).scores > 0.9).all()
+    assert len(detect(score_thresh=1.0)) == 0
+    assert len(detect(topk_candidates=3, max_detections=10_000)) <= 3 * 5
+    assert len(detect(nms_thresh=1.0, max_detections=10_000)) > len(all_of_them)
+
+
+def test_images_without_objects_have_box_loss_zero_and_a_graph(pair):
+    losses, grads, scalars = losses_and_gradients(pair[0], BATCHES["none"])
+    assert losses["loss_box_reg"].item() == 0.0 and losses["loss_cls"].item() > 0
+    assert not grads["head.bbox_pred.weight"].any()  # zeros, not None: DDP wants every gradient
+    assert grads["head.cls_score.weight"].any()
+    assert scalars["num_pos_anchors"] == 0
+
+
+def test_scalars_add_up(pair):
+    losses, _, scalars = losses_and_gradients(pair[0], BATCHES["many gt"])
+    parts = scalars["retinanet/cls_foreground"] + scalars["retinanet/cls_background"]
+    torch.testing.assert_close(parts, losses["loss_cls"].item(), rtol=1e-5, atol=0)
+    levels = [scalars[f"retinanet/num_pos_p{level}"] for level in range(3, 8)]
+    torch.testing.assert_close(sum(levels), scalars["num_pos_anchors"])
+    assert sum(level > 0 for level in levels) >= 2
+    torch.testing.assert_close(
+        scalars["retinanet/normalizer"], pair[0].normalizer.ema.item(), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("pi, per_entry", [(0.01, 0.01005), (0.5, 0.69315)])
+def test_first_loss_is_the_priors(pi, per_entry):
+    """Section 3.3: CE of a background entry is -log(1 - pi) at the start."""
+    cfg = detectron2_cfg("FocalRetinaNet")
+    cfg.MODEL.RETINANET.PRIOR_PROB = pi
+    cfg.MODEL.RETINANET.CLS_LOSS = "CrossEntropy"
+    cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA = None
+    cfg.MODEL.RETINANET.NORMALIZER = "per_image"
+    losses, _, _ = losses_and_gradients(build_model(cfg), BATCHES["none"])
+    entries = sum(-(-HEIGHT // s) * -(-WIDTH // s) for s in (8, 16, 32, 64, 128)) * 9 * 80
+    assert losses["loss_cls"].item() / entries == pytest.approx(per_entry, rel=0.02)
+
+
+def test_per_image_normaliser_is_the_papers(pair):
+    """The mean over images of each image's sum over its own positives."""
+    ours = pair[0]
+    cfg = detectron2_cfg("FocalRetinaNet")
+    cfg.MODEL.RETINANET.NORMALIZER = "per_image"
+    paper = build_model(cfg)
+    paper.load_state_dict(ours.state_dict())
+    batch = BATCHES["many gt"]
+    together, _, _ = losses_and_gradients(paper, batch)
+    alone = [losses_and_gradients(paper, [x])[0] for x in batch]
+    for name in together:
+        mean = (alone[0][name] + alone[1][name]) / 2
+        torch.testing.assert_close(together[name], mean, rtol=1e-5, atol=0)

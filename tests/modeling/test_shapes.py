@@ -1,0 +1,27 @@
+"""Gathering some anchors is the same as permuting all of them."""
+
+import torch
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+
+from retina_plugin.modeling.shapes import gather_anchors, permute_to_NRD
+
+LEVELS = [torch.randn(2, 3 * 4, 5, 7), torch.randn(2, 3 * 4, 2, 3)]
+
+
+def test_permute_is_detectron2s():
+    for x in LEVELS:
+        assert torch.equal(permute_to_NRD(x, 4), permute_to_N_HWA_K(x, 4))
+
+
+def test_gather_is_indexing_after_permute_and_concatenate():
+    flat = torch.cat([permute_to_NRD(x, 4) for x in LEVELS], dim=1)
+    image = torch.randint(2, (50,))
+    anchor = torch.randint(flat.shape[1], (50,))
+    assert torch.equal(gather_anchors(LEVELS, image, anchor, 4), flat[image, anchor])
+
+
+def test_gradient_reaches_every_level_even_of_no_anchors():
+    levels = [x.clone().requires_grad_() for x in LEVELS]
+    none = torch.zeros(0, dtype=torch.int64)
+    gather_anchors(levels, none, none, 4).sum().backward()
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in levels)
