@@ -103,7 +103,8 @@ def import_user_modules(cfg: CfgNode) -> None:
     """Import what ``IMPORTS`` names, once a process.
 
     Raises:
-        ConfigError: a file or module that is not there. What a file itself raises is not caught.
+        ConfigError: a file or module that is not there, or a file named like another module. What
+            a file itself raises is not caught.
     """
     for name in cfg.IMPORTS:
         if not name.endswith(".py"):
@@ -120,8 +121,10 @@ def import_user_modules(cfg: CfgNode) -> None:
         if not os.path.isfile(path):
             raise ConfigError(f"IMPORTS: no file {path}")
         module_name = Path(path).stem
-        if getattr(sys.modules.get(module_name), "__file__", None) == path:
-            continue
+        if module_name in sys.modules:
+            if getattr(sys.modules[module_name], "__file__", None) == path:
+                continue
+            raise ConfigError(f"IMPORTS: {name} would hide the module '{module_name}': rename it")
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None and spec.loader is not None  # it is a file that ends with .py
         module = importlib.util.module_from_spec(spec)

@@ -12,6 +12,7 @@ by autograd, as fvcore and torchvision do, gives inf * 0 = NaN for 0 < gamma < 1
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,7 +21,11 @@ __all__ = [
     "cross_entropy_derivative",
     "focal",
     "focal_derivative",
+    "focal_star",
+    "focal_star_derivative",
     "focal_value_and_derivative",
+    "hinge",
+    "hinge_derivative",
 ]
 
 
@@ -73,3 +78,36 @@ def focal_value_and_derivative(x_t: Tensor, gamma: float) -> tuple[Tensor, Tenso
     # p_t is computed by itself: as 1 - q it would have lost its digits where ce is large.
     derivative = x_t.sigmoid().mul_(ce).mul_(-gamma).sub_(q).mul_(modulating)
     return ce.mul_(modulating), derivative
+
+
+def focal_star(x_t: Tensor, gamma: float, beta: float) -> Tensor:
+    """FL* = -log(p_t*) / gamma with p_t* = sigmoid(gamma x_t + beta) (Eq. 7, 8).
+
+    Args:
+        x_t: logits times labels, any shape.
+        gamma: steepness, > 0.
+        beta: shift of the curve; gamma 1 and beta 0 is the cross entropy.
+    """
+    return F.softplus(x_t.mul(-gamma).sub_(beta)).div_(gamma)
+
+
+def focal_star_derivative(x_t: Tensor, gamma: float, beta: float) -> Tensor:
+    """dFL*/dx_t = p_t* - 1 (Eq. 11 without the factor y)."""
+    return x_t.mul(-gamma).sub_(beta).sigmoid_().neg_()
+
+
+def hinge(x_t: Tensor, margin: float) -> Tensor:
+    """max(0, margin - p_t): a hinge on p_t, which is 0 above ``margin`` (section 5.1, "Hinge Loss").
+
+    Args:
+        x_t: logits times labels, any shape.
+        margin: in (0, 1]; the paper does not give it.
+    """
+    return (margin - x_t.sigmoid()).clamp_(min=0)
+
+
+def hinge_derivative(x_t: Tensor, margin: float) -> Tensor:
+    """-p_t (1 - p_t) where p_t < margin, else 0."""
+    p_t = x_t.sigmoid()
+    # 1 - p_t as a sigmoid of its own: where p_t is near 1, the difference has lost its digits
+    return torch.where(p_t < margin, -p_t * (-x_t).sigmoid(), 0.0)

@@ -133,6 +133,10 @@ class FocalRetinaNet(DenseDetector):
             "input_format": cfg.INPUT.FORMAT,
         }
 
+    def extra_repr(self) -> str:
+        # these are no modules; the trainer logs the model, and this says what it is trained with
+        return f"cls_loss={self.cls_loss}, box_loss={self.box_loss}"
+
     def forward_training(
         self,
         images: ImageList,

@@ -48,6 +48,9 @@ class LossNormalizer(nn.Module):
         self.mode, self.momentum = mode, momentum
         self.register_buffer("ema", torch.tensor(float(initial)), persistent=False)
 
+    def extra_repr(self) -> str:
+        return self.mode
+
     def forward(self, num_positives_N: Tensor) -> Tensor:
         """(N,) float divisors d such that the loss of this process is sum over n of S_n / d_n.
 

@@ -214,6 +214,12 @@ def test_scalars_add_up(pair):
     )
 
 
+def test_the_logged_model_says_what_it_is_trained_with(pair):
+    text = repr(pair[0])
+    assert "cls_loss=FocalLoss(alpha=0.25, gamma=2.0), box_loss=SmoothL1(beta=0.0)" in text
+    assert "(normalizer): LossNormalizer(ema)" in text
+
+
 @pytest.mark.parametrize("pi, per_entry", [(0.01, 0.01005), (0.5, 0.69315)])
 def test_first_loss_is_the_priors(pi, per_entry):
     """Section 3.3: CE of a background entry is -log(1 - pi) at the start."""
