@@ -16,11 +16,27 @@ _DEFAULTS: dict[str, Any] = {
     "IMPORTS": (),
     # Subnets on the pyramid (section 4), a name in RETINANET_HEAD_REGISTRY.
     "MODEL.RETINANET.HEAD": "RetinaHead",
-    # Classification loss (sections 3.1, 3.2), a name in CLS_LOSS_REGISTRY: FocalLoss, CrossEntropy.
-    # Each reads FOCAL_LOSS_ALPHA (None: no balancing), FocalLoss reads FOCAL_LOSS_GAMMA too.
+    # Classification loss, a name in CLS_LOSS_REGISTRY: FocalLoss (section 3.2), CrossEntropy (3.1),
+    # FocalLossStar (Appendix A), HingeLoss (5.1). FOCAL_LOSS_ALPHA is the alpha of each of them
+    # (None: no balancing), FOCAL_LOSS_GAMMA that of FocalLoss alone.
     "MODEL.RETINANET.CLS_LOSS": "FocalLoss",
-    # Anchors that the classification loss sees (section 4.1), a name in ANCHOR_SAMPLER_REGISTRY.
+    # One alpha for each of NUM_CLASSES classes instead of FOCAL_LOSS_ALPHA; () for none.
+    "MODEL.RETINANET.ALPHA_PER_CLASS": (),
+    # FL* (Appendix A, Eq. 7): steepness and shift; Table 3 has (2, 1) and (4, 0), alpha .25.
+    "MODEL.RETINANET.FOCAL_STAR_GAMMA": 2.0,
+    "MODEL.RETINANET.FOCAL_STAR_BETA": 1.0,
+    # Hinge on p_t (section 5.1): the p_t above which the loss is 0; the paper does not give it.
+    "MODEL.RETINANET.HINGE_MARGIN": 0.9,
+    # Anchors that the classification loss sees, a name in ANCHOR_SAMPLER_REGISTRY: AllAnchors
+    # (section 4.1), OHEM (5.1).
     "MODEL.RETINANET.SAMPLER": "AllAnchors",
+    # OHEM (section 5.1, Table 1d): anchors of an image that stay, NMS threshold of their predicted
+    # boxes, and the largest share of positives: None for OHEM, .25 for OHEM 1:3. With OHEM the
+    # classification loss is divided by the number of anchors that stay, image by image. Choices:
+    # the box loss stays on all positives, divided as NORMALIZER says.
+    "MODEL.RETINANET.OHEM.BATCH_SIZE": 128,
+    "MODEL.RETINANET.OHEM.NMS_THRESH": 0.5,
+    "MODEL.RETINANET.OHEM.POSITIVE_FRACTION": None,
     # What both losses are divided by (section 4.1): per_image (the paper), per_gpu (Detectron),
     # global (all-reduced), ema (Detectron2, but all-reduced and checkpointed).
     "MODEL.RETINANET.NORMALIZER": "ema",
@@ -50,7 +66,7 @@ def add_retina_config(cfg: CfgNode) -> CfgNode:
         *path, leaf = key.split(".")
         node = cfg
         for name in path:
-            node = node[name]
+            node = node.setdefault(name, CfgNode())
         node.setdefault(leaf, default)
     if frozen:
         cfg.freeze()

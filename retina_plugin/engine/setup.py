@@ -237,7 +237,7 @@ def _warn_learning_rate(cfg: CfgNode) -> None:
     if per_image and not 1 / 1.5 <= cfg.SOLVER.BASE_LR / expected <= 1.5:
         logger.warning(
             "SOLVER.BASE_LR %g is for another batch size than SOLVER.IMS_PER_BATCH %d: linear "
-            "scaling gives SOLVER.BASE_LR %.4g (SOLVER.LR_PER_IMAGE %g; 0 turns this off)",
+            "scaling gives SOLVER.BASE_LR %.4g (SOLVER.LR_PER_IMAGE %g; 0.0 turns this off)",
             cfg.SOLVER.BASE_LR,
             batch,
             expected,

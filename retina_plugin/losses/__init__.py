@@ -1,8 +1,16 @@
 """Losses of the dense detector; plain PyTorch, without Detectron2."""
 
-from .classification import CLS_LOSS_REGISTRY, ClassificationLoss, CrossEntropy, FocalLoss
-from .dense import DenseLoss, DenseTargets, dense_classification_loss
+from .classification import (
+    CLS_LOSS_REGISTRY,
+    ClassificationLoss,
+    CrossEntropy,
+    FocalLoss,
+    FocalLossStar,
+    HingeLoss,
+)
+from .dense import DenseLoss, DenseTargets, anchor_losses, dense_classification_loss
 from .regression import BOX_LOSS_REGISTRY
+from .sampled import sampled_classification_loss
 
 __all__ = [
     "BOX_LOSS_REGISTRY",
@@ -12,5 +20,9 @@ __all__ = [
     "DenseLoss",
     "DenseTargets",
     "FocalLoss",
+    "FocalLossStar",
+    "HingeLoss",
+    "anchor_losses",
     "dense_classification_loss",
+    "sampled_classification_loss",
 ]

@@ -12,6 +12,7 @@ A loss is a class with ``value(x_t)`` and, if it is known in closed form, ``deri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,14 @@ from retina_plugin.registry import ComponentRegistry
 
 from . import functional
 
-__all__ = ["CLS_LOSS_REGISTRY", "ClassificationLoss", "CrossEntropy", "FocalLoss"]
+__all__ = [
+    "CLS_LOSS_REGISTRY",
+    "ClassificationLoss",
+    "CrossEntropy",
+    "FocalLoss",
+    "FocalLossStar",
+    "HingeLoss",
+]
 
 CLS_LOSS_REGISTRY = ComponentRegistry("MODEL.RETINANET.CLS_LOSS")
 
@@ -34,26 +42,30 @@ class ClassificationLoss:
     ``(1 - alpha) l(-x)`` where it has not (alpha_t of Eq. 3 and 5); without alpha, both weigh 1.
 
     Args:
-        alpha: weight of the rare class in [0, 1], or None for no balancing.
+        alpha: weight of the rare class in [0, 1], one for all classes or a sequence of K; None for
+            no balancing.
 
     Raises:
         ConfigError: alpha outside [0, 1].
     """
 
-    def __init__(self, alpha: float | None = None) -> None:
-        if alpha is not None and not 0.0 <= alpha <= 1.0:
+    def __init__(self, alpha: float | Sequence[float] | None = None) -> None:
+        values = alpha if isinstance(alpha, Sequence) else [] if alpha is None else [alpha]
+        if not all(0.0 <= a <= 1.0 for a in values):
             raise ConfigError(f"alpha must be in [0, 1] or None, got {alpha}")
         self.alpha = alpha
 
     @property
-    def positive_weight(self) -> float:
-        """alpha_t of an entry whose label is 1."""
-        return 1.0 if self.alpha is None else self.alpha
+    def positive_weight(self) -> float | Tensor:
+        """alpha_t of an entry whose label is 1: a number, or (K,) by class."""
+        if self.alpha is None:
+            return 1.0
+        return torch.tensor(self.alpha) if isinstance(self.alpha, Sequence) else self.alpha
 
     @property
-    def negative_weight(self) -> float:
-        """alpha_t of an entry whose label is 0."""
-        return 1.0 if self.alpha is None else 1.0 - self.alpha
+    def negative_weight(self) -> float | Tensor:
+        """alpha_t of an entry whose label is 0: a number, or (K,) by class."""
+        return 1.0 if self.alpha is None else 1.0 - self.positive_weight
 
     def value(self, x_t: Tensor) -> Tensor:
         """The loss of each entry without alpha; shape of ``x_t``, not modified in place."""
@@ -72,9 +84,21 @@ class ClassificationLoss:
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
-        """``FOCAL_LOSS_ALPHA`` is the alpha of every loss; a negative one is none (Detectron2)."""
-        alpha = cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA
-        return {"alpha": None if alpha is None or alpha < 0 else alpha}
+        """``FOCAL_LOSS_ALPHA``, negative for none as in Detectron2, or ``ALPHA_PER_CLASS``.
+
+        Raises:
+            ConfigError: another number of alphas than classes.
+        """
+        retinanet = cfg.MODEL.RETINANET
+        alpha = retinanet.FOCAL_LOSS_ALPHA
+        if not retinanet.ALPHA_PER_CLASS:
+            return {"alpha": None if alpha is None or alpha < 0 else alpha}
+        if len(retinanet.ALPHA_PER_CLASS) != retinanet.NUM_CLASSES:
+            raise ConfigError(
+                f"MODEL.RETINANET.ALPHA_PER_CLASS has {len(retinanet.ALPHA_PER_CLASS)} numbers "
+                f"for {retinanet.NUM_CLASSES} classes (MODEL.RETINANET.NUM_CLASSES)"
+            )
+        return {"alpha": tuple(retinanet.ALPHA_PER_CLASS)}
 
     def __repr__(self) -> str:
         args = ", ".join(f"{k}={v}" for k, v in vars(self).items())
@@ -104,7 +128,7 @@ class FocalLoss(ClassificationLoss):
         ConfigError: negative gamma.
     """
 
-    def __init__(self, alpha: float | None = 0.25, gamma: float = 2.0) -> None:
+    def __init__(self, alpha: float | Sequence[float] | None = 0.25, gamma: float = 2.0) -> None:
         super().__init__(alpha)
         if gamma < 0:
             raise ConfigError(f"gamma must be >= 0, got {gamma}")
@@ -123,3 +147,74 @@ class FocalLoss(ClassificationLoss):
     def from_config(cls, cfg: Any) -> dict[str, Any]:
         """``FOCAL_LOSS_ALPHA`` and ``FOCAL_LOSS_GAMMA``, with Detectron2's meaning."""
         return {**super().from_config(cfg), "gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA}
+
+
+@CLS_LOSS_REGISTRY.register()
+class FocalLossStar(ClassificationLoss):
+    """FL* = -alpha_t log(sigmoid(gamma x_t + beta)) / gamma (Appendix A, Eq. 7, 8; Table 3).
+
+    Args:
+        alpha: see :class:`ClassificationLoss`; Appendix A uses .25 in all experiments.
+        gamma: steepness, > 0 (``FOCAL_STAR_GAMMA``).
+        beta: shift (``FOCAL_STAR_BETA``).
+
+    Raises:
+        ConfigError: gamma not positive.
+    """
+
+    def __init__(
+        self,
+        alpha: float | Sequence[float] | None = 0.25,
+        gamma: float = 2.0,
+        beta: float = 1.0,
+    ) -> None:
+        super().__init__(alpha)
+        if gamma <= 0:
+            raise ConfigError(f"FOCAL_STAR_GAMMA must be > 0, got {gamma}")
+        self.gamma, self.beta = float(gamma), float(beta)
+
+    def value(self, x_t: Tensor) -> Tensor:
+        return functional.focal_star(x_t, self.gamma, self.beta)
+
+    def derivative(self, x_t: Tensor) -> Tensor:
+        return functional.focal_star_derivative(x_t, self.gamma, self.beta)
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> dict[str, Any]:
+        """``FOCAL_STAR_GAMMA`` and ``FOCAL_STAR_BETA``."""
+        retinanet = cfg.MODEL.RETINANET
+        return {
+            **super().from_config(cfg),
+            "gamma": retinanet.FOCAL_STAR_GAMMA,
+            "beta": retinanet.FOCAL_STAR_BETA,
+        }
+
+
+@CLS_LOSS_REGISTRY.register()
+class HingeLoss(ClassificationLoss):
+    """max(0, margin - p_t), times alpha_t (section 5.1, "Hinge Loss": the paper found it unstable).
+
+    Args:
+        alpha: see :class:`ClassificationLoss`.
+        margin: p_t above which the loss is 0, in (0, 1] (``HINGE_MARGIN``); not in the paper.
+
+    Raises:
+        ConfigError: a margin outside (0, 1].
+    """
+
+    def __init__(self, alpha: float | Sequence[float] | None = None, margin: float = 0.9) -> None:
+        super().__init__(alpha)
+        if not 0.0 < margin <= 1.0:
+            raise ConfigError(f"HINGE_MARGIN must be in (0, 1], got {margin}")
+        self.margin = float(margin)
+
+    def value(self, x_t: Tensor) -> Tensor:
+        return functional.hinge(x_t, self.margin)
+
+    def derivative(self, x_t: Tensor) -> Tensor:
+        return functional.hinge_derivative(x_t, self.margin)
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> dict[str, Any]:
+        """``HINGE_MARGIN``."""
+        return {**super().from_config(cfg), "margin": cfg.MODEL.RETINANET.HINGE_MARGIN}

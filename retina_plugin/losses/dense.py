@@ -23,7 +23,12 @@ from torch.autograd.function import once_differentiable
 
 from .classification import ClassificationLoss
 
-__all__ = ["DenseLoss", "DenseTargets", "dense_classification_loss"]
+__all__ = [
+    "DenseLoss",
+    "DenseTargets",
+    "anchor_losses",
+    "dense_classification_loss",
+]
 
 # Elements of one piece on the CPU: small enough for its few fp32 temporaries to stay in a core's
 # cache, large enough to hide the calls' overhead (2^17 and 2^18 were the fastest of 2^14 .. 2^20).
@@ -94,6 +99,30 @@ def dense_classification_loss(
     # inside a Function's forward the grad mode is off, whatever it was outside
     want_grad = torch.is_grad_enabled()
     return DenseLoss(*_DenseLossFunction.apply(targets, loss, num_classes, want_grad, *logits))
+
+
+def anchor_losses(
+    logits: Sequence[Tensor],
+    targets: DenseTargets,
+    loss: ClassificationLoss,
+    num_classes: int,
+) -> Tensor:
+    """The loss of each anchor by itself, to choose anchors by; no gradient.
+
+    Args: as :func:`dense_classification_loss`.
+
+    Returns:
+        (N, R) float32 (float64 for float64 logits), summed over classes; -inf where ignored.
+    """
+    with torch.no_grad(), torch.autocast(logits[0].device.type, enabled=False):
+        levels = []
+        start = 0
+        for x in logits:
+            n_anchors = x[0].numel() // num_classes
+            level = _LevelTargets.select(targets, start, start + n_anchors, x, num_classes)
+            levels.append(_level_anchor_losses(x, level, loss).flatten(1))
+            start += n_anchors
+        return torch.cat(levels, dim=1)
 
 
 class _DenseLossFunction(torch.autograd.Function):
@@ -179,7 +208,7 @@ def _sum_level(
     x = x.detach().unflatten(1, (-1, level.num_classes))  # (N, A, K, H, W), a view
     if grad is not None:
         grad = grad.unflatten(1, (-1, level.num_classes))
-    w_pos, w_neg = loss.positive_weight, loss.negative_weight
+    w_neg = _negative_weight(loss, x)
     for n, a, h in _pieces(x):
         piece = x[n, a, :, h]  # (A', K, H', W)
         x_piece = piece.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -187,6 +216,7 @@ def _sum_level(
         ignored_a, ignored_h, ignored_w = _inside(level.ignored, n, a, h)
         at_pos = (pos[0], pos[1], pos[2], pos[3])  # anchor, class, row, column
         x_pos = x_piece[at_pos]
+        w_pos = _positive_weight(loss, pos[1])
         if grad is None:
             value, value_pos = loss.value(-x_piece), loss.value(x_pos)
         else:
@@ -198,8 +228,37 @@ def _sum_level(
             grad[n, a, :, h] = derivative
         value[ignored_a, :, ignored_h, ignored_w] = 0
         value[at_pos] = 0
-        background_N[n] += value.sum(dtype=background_N.dtype) * w_neg
-        foreground_N[n] += value_pos.sum(dtype=foreground_N.dtype) * w_pos
+        background_N[n] += value.mul_(w_neg).sum(dtype=background_N.dtype)
+        foreground_N[n] += value_pos.mul_(w_pos).sum(dtype=foreground_N.dtype)
+
+
+def _level_anchor_losses(x: Tensor, level: _LevelTargets, loss: ClassificationLoss) -> Tensor:
+    """(N, H, W, A) losses of one level, an image at a time."""
+    x = x.unflatten(1, (-1, level.num_classes))  # (N, A, K, H, W)
+    w_neg = _negative_weight(loss, x)
+    out = []
+    for n, image in enumerate(x):
+        image = image.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        value = loss.value(-image).mul_(w_neg)
+        _, a, k, h, w = level.positive[:, level.positive[0] == n]
+        value[a, k, h, w] = loss.value(image[a, k, h, w]).mul_(_positive_weight(loss, k))
+        value_AHW = value.sum(dim=1)
+        _, a, h, w = level.ignored[:, level.ignored[0] == n]
+        value_AHW[a, h, w] = -torch.inf
+        out.append(value_AHW.permute(1, 2, 0))
+    return torch.stack(out)
+
+
+def _negative_weight(loss: ClassificationLoss, x: Tensor) -> float | Tensor:
+    """A number, or (K, 1, 1) to go with (..., K, H, W)."""
+    weight = loss.negative_weight
+    return weight.to(x.device).view(-1, 1, 1) if isinstance(weight, Tensor) else weight
+
+
+def _positive_weight(loss: ClassificationLoss, classes: Tensor) -> float | Tensor:
+    """A number, or one for each of ``classes``."""
+    weight = loss.positive_weight
+    return weight.to(classes.device)[classes] if isinstance(weight, Tensor) else weight
 
 
 def _pieces(x: Tensor) -> Iterator[tuple[int, slice, slice]]:

@@ -97,7 +97,7 @@ def focal_star_derivative(x_t: Tensor, gamma: float, beta: float) -> Tensor:
 
 
 def hinge(x_t: Tensor, margin: float) -> Tensor:
-    """max(0, margin - p_t): a hinge on p_t, which is 0 above ``margin`` (section 5.1, "Hinge Loss").
+    """max(0, margin - p_t): a hinge on p_t, 0 above ``margin`` (section 5.1, "Hinge Loss").
 
     Args:
         x_t: logits times labels, any shape.

@@ -6,10 +6,11 @@ from .head import RETINANET_HEAD_REGISTRY, RetinaHead, prior_bias
 from .labeling import AnchorLabeler
 from .matcher import AnchorMatcher
 from .normalizer import LossNormalizer
-from .sampling import ANCHOR_SAMPLER_REGISTRY, AllAnchors
+from .sampling import ANCHOR_SAMPLER_REGISTRY, OHEM, AllAnchors
 
 __all__ = [
     "ANCHOR_SAMPLER_REGISTRY",
+    "OHEM",
     "RETINANET_HEAD_REGISTRY",
     "AllAnchors",
     "AnchorLabeler",

@@ -21,7 +21,9 @@ from retina_plugin.losses import (
     ClassificationLoss,
     DenseLoss,
     DenseTargets,
+    anchor_losses,
     dense_classification_loss,
+    sampled_classification_loss,
 )
 
 from .head import RETINANET_HEAD_REGISTRY
@@ -48,7 +50,7 @@ class FocalRetinaNet(DenseDetector):
         head: features -> (logits, deltas), see :class:`~retina_plugin.modeling.head.RetinaHead`.
         anchor_generator: features -> per level ``Boxes`` (Hi*Wi*A, 4).
         labeler: anchors and ground truth -> ``DenseTargets``.
-        sampler: picks the anchors that the classification loss sees.
+        sampler: chooses the anchors that the classification loss sees.
         cls_loss: elementwise classification loss.
         box_loss: box loss of the positives.
         normalizer: positives of each image -> divisors of both losses.
@@ -152,15 +154,14 @@ class FocalRetinaNet(DenseDetector):
             [x.gt_boxes.tensor for x in gt_instances],
             [x.gt_classes for x in gt_instances],
         )
-        sampled = self.sampler(targets, logits)
-        cls_sums = dense_classification_loss(logits, sampled, self.cls_loss, self.num_classes)
-        box_sum_N = self._box_loss_sums(anchors, deltas, targets)
         divisor_N = self.normalizer(targets.num_positives_N())
-        self._log(anchors, targets, cls_sums, divisor_N)
+        cls_sums, cls_divisor_N = self._cls_loss_sums(anchors, logits, deltas, targets, divisor_N)
+        box_sum_N = self._box_loss_sums(anchors, deltas, targets)
+        self._log(anchors, targets, cls_sums, cls_divisor_N)
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
             self._visualize(images, gt_instances, features, predictions)
         return {
-            "loss_cls": (cls_sums.total / divisor_N).sum(),
+            "loss_cls": (cls_sums.total / cls_divisor_N).sum(),
             "loss_box_reg": (box_sum_N / divisor_N).sum(),
         }
 
@@ -173,6 +174,35 @@ class FocalRetinaNet(DenseDetector):
         """Detections of each image in the network's frame; the caller rescales and clips them."""
         logits, deltas = predictions
         return self.inference(self.anchor_generator(features), logits, deltas, images.image_sizes)
+
+    def _cls_loss_sums(
+        self,
+        anchors: list[Boxes],
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        targets: DenseTargets,
+        divisor_N: Tensor,
+    ) -> tuple[DenseLoss, Tensor]:
+        """Sums by image over the sampler's anchors, and what they are divided by."""
+
+        def score_anchors() -> Tensor:
+            return anchor_losses(logits, targets, self.cls_loss, self.num_classes)
+
+        def predict_boxes(n: int, anchor: Tensor) -> Tensor:
+            deltas_S4 = gather_anchors(deltas, torch.full_like(anchor, n), anchor, 4)
+            return self.box2box_transform.apply_deltas(deltas_S4, Boxes.cat(anchors).tensor[anchor])
+
+        sample = self.sampler(targets, score_anchors, predict_boxes)
+        if sample is None:
+            sums = dense_classification_loss(logits, targets, self.cls_loss, self.num_classes)
+            return sums, divisor_N
+        logits_SK = gather_anchors(logits, sample.image, sample.anchor, self.num_classes)
+        sums = sampled_classification_loss(
+            logits_SK, sample.image, sample.anchor, targets, self.cls_loss
+        )
+        # a minibatch's loss is its mean (section 5.1), and the batch's that of its images
+        kept_N = torch.bincount(sample.image, minlength=targets.num_images)
+        return sums, kept_N.clamp(min=1).float() * targets.num_images
 
     def _box_loss_sums(
         self, anchors: list[Boxes], deltas: list[Tensor], targets: DenseTargets

@@ -113,9 +113,7 @@ class RetinaHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """L features (N, C, Hi, Wi) -> logits (N, A*K, Hi, Wi) and deltas (N, A*4, Hi, Wi)."""
         if len(features) != self.num_levels:
-            raise ValueError(
-                f"the head is for {self.num_levels} levels, not {len(features)}"
-            )
+            raise ValueError(f"the head is for {self.num_levels} levels, not {len(features)}")
         logits = [self.cls_score(self.cls_subnet(f)) for f in features]
         deltas = [self.bbox_pred(self.bbox_subnet(f)) for f in features]
         return logits, deltas

@@ -7,7 +7,14 @@ from detectron2.config import get_cfg
 
 from retina_plugin import add_retina_config
 from retina_plugin.errors import ConfigError
-from retina_plugin.losses import CLS_LOSS_REGISTRY, ClassificationLoss, CrossEntropy, FocalLoss
+from retina_plugin.losses import (
+    CLS_LOSS_REGISTRY,
+    ClassificationLoss,
+    CrossEntropy,
+    FocalLoss,
+    FocalLossStar,
+    HingeLoss,
+)
 
 
 def cfg_with(**retinanet):
@@ -35,7 +42,35 @@ def test_alpha_weighs_positives_and_its_complement_negatives():
     assert (loss.positive_weight, loss.negative_weight) == (0.75, 0.25)
 
 
-@pytest.mark.parametrize("loss", [CrossEntropy(), FocalLoss(gamma=0.5), FocalLoss(gamma=2.0)])
+def test_alpha_by_class():
+    loss = CLS_LOSS_REGISTRY.build(cfg_with(NUM_CLASSES=3, ALPHA_PER_CLASS=[0.1, 0.5, 1.0]))
+    assert torch.equal(loss.positive_weight, torch.tensor([0.1, 0.5, 1.0]))
+    assert torch.equal(loss.negative_weight, torch.tensor([0.9, 0.5, 0.0]))
+
+
+def test_another_number_of_alphas_than_classes_is_refused():
+    with pytest.raises(ConfigError, match="ALPHA_PER_CLASS has 2 numbers for 80 classes"):
+        CLS_LOSS_REGISTRY.build(cfg_with(ALPHA_PER_CLASS=[0.1, 0.5]))
+
+
+def test_star_and_hinge_read_their_keys():
+    cfg = cfg_with(CLS_LOSS="FocalLossStar", FOCAL_STAR_GAMMA=4.0, FOCAL_STAR_BETA=0.0)
+    assert repr(CLS_LOSS_REGISTRY.build(cfg)) == "FocalLossStar(alpha=0.25, gamma=4.0, beta=0.0)"
+    cfg = cfg_with(CLS_LOSS="HingeLoss", HINGE_MARGIN=0.5)
+    assert repr(CLS_LOSS_REGISTRY.build(cfg)) == "HingeLoss(alpha=0.25, margin=0.5)"
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        CrossEntropy(),
+        FocalLoss(gamma=0.5),
+        FocalLoss(gamma=2.0),
+        FocalLossStar(gamma=2.0, beta=1.0),
+        HingeLoss(margin=0.7),
+    ],
+    ids=repr,
+)
 def test_closed_form_derivative_is_autograds(loss):
     x_t = torch.linspace(-12, 12, 241, dtype=torch.float64)
     by_autograd = ClassificationLoss.derivative(loss, x_t)
@@ -43,11 +78,22 @@ def test_closed_form_derivative_is_autograds(loss):
 
 
 def test_unknown_loss_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"CLS_LOSS.*'Fokal'.*CrossEntropy, FocalLoss"):
+    with pytest.raises(
+        ConfigError, match=r"CLS_LOSS.*'Fokal'.*CrossEntropy, FocalLoss, FocalLossStar, HingeLoss"
+    ):
         CLS_LOSS_REGISTRY.build(cfg_with(CLS_LOSS="Fokal"))
 
 
-@pytest.mark.parametrize("make", [lambda: FocalLoss(alpha=1.5), lambda: FocalLoss(gamma=-1.0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FocalLoss(alpha=1.5),
+        lambda: FocalLoss(alpha=(0.5, -0.1)),
+        lambda: FocalLoss(gamma=-1.0),
+        lambda: FocalLossStar(gamma=0.0),
+        lambda: HingeLoss(margin=0.0),
+    ],
+)
 def test_impossible_settings_are_refused(make):
     with pytest.raises(ConfigError, match="must be"):
         make()

@@ -9,9 +9,14 @@ from retina_plugin.losses import (
     CrossEntropy,
     DenseTargets,
     FocalLoss,
+    FocalLossStar,
+    HingeLoss,
+    anchor_losses,
     dense,
     dense_classification_loss,
+    sampled_classification_loss,
 )
+from retina_plugin.modeling.shapes import gather_anchors
 
 N, A, K = 3, 2, 5
 LEVELS = [(7, 9), (4, 5), (1, 2)]
@@ -43,7 +48,11 @@ def random_targets(num_positive=14, num_ignored=11, seed=1):
     )
 
 
-def textbook(logits, targets, alpha, gamma):
+def focal(x_t, gamma):
+    return -(torch.sigmoid(-x_t) ** gamma) * F.logsigmoid(x_t)
+
+
+def textbook(logits, targets, alpha, gamma, elementwise=None):
     """Permuted, concatenated, one-hot, in float64: sums (N,) of Eq. 5 and their gradients."""
     leaves = [x.detach().double().requires_grad_() for x in logits]
     flat = torch.cat(
@@ -54,8 +63,9 @@ def textbook(logits, targets, alpha, gamma):
     counted = torch.ones(N, R, 1, dtype=torch.float64)
     counted[targets.ignored_image, targets.ignored_anchor] = 0
     x_t = torch.where(onehot == 1, flat, -flat)
-    loss = -(torch.sigmoid(-x_t) ** gamma) * F.logsigmoid(x_t) * counted
+    loss = (elementwise or (lambda x_t: focal(x_t, gamma)))(x_t) * counted
     if alpha is not None:
+        alpha = torch.as_tensor(alpha, dtype=torch.float64)  # one, or (K,)
         loss = loss * torch.where(onehot == 1, alpha, 1 - alpha)
     sums = loss.sum(dim=(1, 2))
     grads = torch.autograd.grad(sums.sum(), leaves)
@@ -73,6 +83,70 @@ def test_float32_agrees_with_float64_autograd(alpha, gamma, spread):
     torch.testing.assert_close(out.total.double(), sums, rtol=1e-6, atol=0)
     for x, expected in zip(logits, grads):
         torch.testing.assert_close(x.grad.double(), expected, rtol=1e-6, atol=1e-30)
+
+
+PER_CLASS = (0.1, 0.9, 0.25, 0.5, 0.75)
+
+
+@pytest.mark.parametrize(
+    "loss, elementwise",
+    [
+        (FocalLoss(PER_CLASS), lambda x_t: focal(x_t, 2.0)),
+        (CrossEntropy(PER_CLASS), lambda x_t: focal(x_t, 0.0)),
+        (FocalLossStar(0.25, 2.0, 1.0), lambda x_t: -F.logsigmoid(2 * x_t + 1) / 2),
+        (FocalLossStar(0.25, 4.0, 0.0), lambda x_t: -F.logsigmoid(4 * x_t) / 4),
+        (HingeLoss(None, 0.9), lambda x_t: (0.9 - torch.sigmoid(x_t)).clamp(min=0)),
+    ],
+    ids=repr,
+)
+def test_every_loss_and_alpha_by_class(loss, elementwise):
+    logits, targets = random_logits(), random_targets()
+    out = dense_classification_loss(logits, targets, loss, K)
+    out.total.sum().backward()
+    sums, grads = textbook(logits, targets, loss.alpha, None, elementwise)
+    torch.testing.assert_close(out.total.double(), sums, rtol=1e-6, atol=0)
+    for x, expected in zip(logits, grads):
+        torch.testing.assert_close(x.grad.double(), expected, rtol=4e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("loss", [FocalLoss(), CrossEntropy(PER_CLASS)], ids=repr)
+def test_anchor_losses_add_up_to_the_dense_loss(loss):
+    logits, targets = random_logits(), random_targets()
+    losses_NR = anchor_losses(logits, targets, loss, K)
+    assert losses_NR.shape == (N, R) and not losses_NR.requires_grad
+    ignored = losses_NR == -torch.inf
+    assert ignored.sum() == 11 and ignored[targets.ignored_image, targets.ignored_anchor].all()
+    total = dense_classification_loss(logits, targets, loss, K).total.detach()
+    torch.testing.assert_close(losses_NR.masked_fill(ignored, 0).sum(dim=1), total)
+
+
+@pytest.mark.parametrize("loss", [FocalLoss(), CrossEntropy(PER_CLASS), HingeLoss()], ids=repr)
+def test_sampled_loss_of_all_anchors_is_the_dense_loss(loss):
+    """In another order, with everything that is not ignored chosen; value, parts and gradient."""
+    logits, targets = random_logits(), random_targets()
+    dense_out = dense_classification_loss(logits, targets, loss, K)
+    dense_out.total.sum().backward()
+    expected = [x.grad for x in logits]
+
+    image, anchor = torch.where(anchor_losses(logits, targets, loss, K) > -torch.inf)
+    shuffled = torch.randperm(len(image))
+    image, anchor = image[shuffled], anchor[shuffled]
+    again = [x.detach().requires_grad_() for x in logits]
+    rows = gather_anchors(again, image, anchor, K)
+    out = sampled_classification_loss(rows, image, anchor, targets, loss)
+    out.total.sum().backward()
+    for ours, theirs in zip(out, dense_out):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for x, grad in zip(again, expected):
+        torch.testing.assert_close(x.grad, grad, rtol=1e-6, atol=1e-30)
+
+
+def test_sampled_loss_of_nothing_is_exactly_zero_with_a_graph():
+    none = torch.zeros(0, dtype=torch.int64)
+    rows = torch.zeros(0, K, requires_grad=True)
+    out = sampled_classification_loss(rows, none, none, random_targets(), FocalLoss())
+    out.total.sum().backward()
+    assert torch.equal(out.total.detach(), torch.zeros(N)) and rows.grad.shape == (0, K)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

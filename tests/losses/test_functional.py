@@ -86,3 +86,49 @@ def test_finite_where_the_peers_give_nan(gamma, peer):
 
     value, derivative = functional.focal_value_and_derivative(torch.tensor([100.0, -100.0]), gamma)
     assert value.isfinite().all() and derivative.isfinite().all()
+
+
+# Table 3 and the range of Figure 7
+STAR = [(1.0, 0.0), (2.0, 1.0), (4.0, 0.0), (2.0, -2.0), (3.0, 1.5), (0.5, 0.5), (5.0, 2.0)]
+
+
+@pytest.mark.parametrize("gamma, beta", STAR)
+def test_focal_star_agrees_with_float64_autograd(gamma, beta):
+    x_t = X_T.double().requires_grad_()
+    loss = -F.logsigmoid(gamma * x_t + beta) / gamma
+    (derivative,) = torch.autograd.grad(loss.sum(), x_t)
+    # gamma x_t + beta is rounded: an exponent of 60 has an error of 4e-6
+    for ours, expected in (
+        (functional.focal_star(X_T, gamma, beta), loss.detach()),
+        (functional.focal_star_derivative(X_T, gamma, beta), derivative),
+    ):
+        torch.testing.assert_close(ours.double(), expected, rtol=4e-6, atol=1e-30)
+    near = X_T.abs() <= 10  # where losses count, and |x_t| = 10 with gamma 5 is an exponent of 50
+    ours = functional.focal_star_derivative(X_T, gamma, beta)
+    torch.testing.assert_close(ours[near].double(), derivative[near], rtol=3e-6, atol=1e-12)
+
+
+def test_focal_star_with_gamma_1_and_beta_0_is_cross_entropy():
+    ours = functional.focal_star(X_T, 1.0, 0.0)
+    torch.testing.assert_close(ours, functional.cross_entropy(X_T))
+
+
+def test_focal_star_derivative_is_the_papers_equation_11():
+    x_t = torch.linspace(-8, 8, 101, dtype=torch.float64)
+    printed = torch.sigmoid(2 * x_t + 1) - 1
+    torch.testing.assert_close(functional.focal_star_derivative(x_t, 2.0, 1.0), printed)
+
+
+@pytest.mark.parametrize("margin", [0.5, 0.9, 1.0])
+def test_hinge_agrees_with_float64_autograd_and_is_zero_above_the_margin(margin):
+    x_t = X_T.double().requires_grad_()
+    p_t = torch.sigmoid(x_t)
+    away = (p_t - margin).abs() > 1e-6  # not at the corner
+    loss = (margin - p_t).clamp(min=0)
+    (derivative,) = torch.autograd.grad(loss.sum(), x_t)
+    value = functional.hinge(X_T, margin)
+    torch.testing.assert_close(value.double(), loss.detach(), rtol=1e-6, atol=1e-7)
+    ours = functional.hinge_derivative(X_T, margin)
+    assert ours.isfinite().all()
+    torch.testing.assert_close(ours[away].double(), derivative[away], rtol=1e-6, atol=1e-7)
+    assert not value[X_T > torch.logit(torch.tensor(margin)) + 1e-3].any() or margin == 1.0

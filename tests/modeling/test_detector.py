@@ -214,6 +214,32 @@ def test_scalars_add_up(pair):
     )
 
 
+def test_ohem_divides_by_the_anchors_that_stay(pair):
+    """With room for all and an NMS that removes nothing: the dense sums over their number."""
+    cfg = detectron2_cfg("FocalRetinaNet")
+    cfg.MODEL.RETINANET.NORMALIZER = "per_image"
+    cfg.MODEL.RETINANET.SAMPLER = "OHEM"
+    cfg.MODEL.RETINANET.OHEM.BATCH_SIZE = 10**6
+    cfg.MODEL.RETINANET.OHEM.NMS_THRESH = 1.0
+    ohem = build_model(cfg)
+    ohem.load_state_dict(pair[0].state_dict())
+    batch = BATCHES["one gt"]
+    losses, grads, scalars = losses_and_gradients(ohem, batch)
+    reset_average(pair)
+    dense, dense_grads, dense_scalars = losses_and_gradients(pair[0], batch)
+
+    num_anchors = sum(-(-HEIGHT // s) * -(-WIDTH // s) for s in (8, 16, 32, 64, 128)) * 9
+    assert num_anchors - 60 < scalars["retinanet/normalizer"] <= num_anchors  # some are ignored
+    ratio = dense_scalars["retinanet/normalizer"] / scalars["retinanet/normalizer"]
+    torch.testing.assert_close(losses["loss_cls"], dense["loss_cls"] * ratio, rtol=1e-5, atol=0)
+    name = "head.cls_score.weight"
+    torch.testing.assert_close(grads[name], dense_grads[name] * ratio, rtol=1e-4, atol=1e-9)
+
+    ohem.sampler.batch_size = 16
+    _, _, scalars = losses_and_gradients(ohem, batch)
+    assert scalars["retinanet/normalizer"] == 16
+
+
 def test_the_logged_model_says_what_it_is_trained_with(pair):
     text = repr(pair[0])
     assert "cls_loss=FocalLoss(alpha=0.25, gamma=2.0), box_loss=SmoothL1(beta=0.0)" in text
