@@ -229,7 +229,7 @@ def test_ohem_divides_by_the_anchors_that_stay(pair):
     dense, dense_grads, dense_scalars = losses_and_gradients(pair[0], batch)
 
     num_anchors = sum(-(-HEIGHT // s) * -(-WIDTH // s) for s in (8, 16, 32, 64, 128)) * 9
-    assert num_anchors - 60 < scalars["retinanet/normalizer"] <= num_anchors  # some are ignored
+    assert num_anchors - 100 < scalars["retinanet/normalizer"] < num_anchors  # some are ignored
     ratio = dense_scalars["retinanet/normalizer"] / scalars["retinanet/normalizer"]
     torch.testing.assert_close(losses["loss_cls"], dense["loss_cls"] * ratio, rtol=1e-5, atol=0)
     name = "head.cls_score.weight"
