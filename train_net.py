@@ -48,15 +48,21 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> None:
             return
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
-        trainer.train()
     except ConfigError as error:
-        fail(error)
+        fail(error, comm.get_local_rank())
+    try:
+        trainer.train()
+    except ConfigError as error:  # perhaps in this process alone: only it saw that image
+        sys.exit(f"error: {error}")
 
 
-def fail(error: ConfigError) -> NoReturn:
-    """One line, from one process; the others just end."""
-    is_first = int(os.environ.get("RANK", 0)) == 0 and comm.is_main_process()
-    sys.exit(f"error: {error}" if is_first else 1)
+def fail(error: ConfigError, local_rank: int) -> NoReturn:
+    """One line, from one process of each machine.
+
+    The others have met the same and end without a failure, because launchers kill what is left as
+    soon as one process fails: the line could be lost.
+    """
+    sys.exit(f"error: {error}" if local_rank == 0 else 0)
 
 
 def evaluate(cfg: CfgNode, resume: bool) -> None:
@@ -84,7 +90,7 @@ def cli(argv: list[str] | None = None) -> None:
         cfg.freeze()
         run(main, args, num_gpus, cfg)
     except ConfigError as error:
-        fail(error)
+        fail(error, int(os.environ.get("LOCAL_RANK", 0)))  # set by torchrun
     except ProcessExitedException as error:
         sys.exit(error.exit_code)  # a worker has printed why
 

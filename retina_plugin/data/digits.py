@@ -2,8 +2,9 @@
 
 scikit-learn ships 1797 handwritten digits (8x8, the UCI test set) and two photos. Digits are
 enlarged, coloured and laid over random crops of the photos; the boxes are the ink's. Digits are
-split before anything is composed, so no digit image is in both train and val. The same seed gives
-the same scenes; they are written once to a cache folder, in COCO format.
+split before anything is composed: no digit image is in two of train, dev (to choose settings on)
+and val (to report). The same seed gives the same scenes; they are written once to a cache folder,
+in COCO format.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["CLASSES", "SceneSpec", "compose_scene", "prepare", "register"]
 
 CLASSES = [str(d) for d in range(10)]
 
-_VERSION = 1  # of the way scenes are composed: raise it whenever the pixels change
+_VERSION = 2  # of the way scenes are composed: raise it whenever the pixels change
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class SceneSpec:
 
     image_size: int = 160
     num_train: int = 3000
+    num_dev: int = 200
     num_val: int = 200
     min_digits: int = 1
     max_digits: int = 6
@@ -41,7 +43,8 @@ class SceneSpec:
     max_side: int = 90
     max_overlap: float = 0.05  # of the smaller of two boxes
     min_contrast: float = 60.0  # grey levels between the ink and the mean of what it covers
-    num_val_digits: int = 500  # of the 1797
+    num_dev_digits: int = 200  # of the 1797
+    num_val_digits: int = 500
     seed: int = 0
 
     @property
@@ -76,9 +79,11 @@ def prepare(spec: SceneSpec = SPEC) -> Path:
         return root
     digits, labels, photos = _sources()
     order = np.random.default_rng([spec.seed, 0]).permutation(len(digits))
+    val, dev, train = np.split(order, np.cumsum([spec.num_val_digits, spec.num_dev_digits]))
     parts = {
-        "val": (order[: spec.num_val_digits], spec.num_val, 1),
-        "train": (order[spec.num_val_digits :], spec.num_train, 2),
+        "val": (val, spec.num_val, 1),
+        "train": (train, spec.num_train, 2),
+        "dev": (dev, spec.num_dev, 3),
     }
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{root.name}-", dir=root.parent))
@@ -226,8 +231,8 @@ def _write_coco(root: Path, split: str, scenes) -> None:
 
 
 def register() -> None:
-    """Register ``digits_scenes_train`` and ``digits_scenes_val``; they are written at first use."""
-    for split in ("train", "val"):
+    """Register ``digits_scenes_{train,dev,val}``; they are written at first use."""
+    for split in ("train", "dev", "val"):
         name = f"digits_scenes_{split}"
         if name in DatasetCatalog:
             continue

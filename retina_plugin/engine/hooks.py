@@ -31,6 +31,14 @@ class BestCheckpoint(hooks.BestCheckpointer):
             best = json.loads(self._record.read_text())
             self.best_metric, self.best_iter = best[self._val_metric], best["iteration"]
 
+    def after_train(self) -> None:
+        # Saving makes a file the one that a resumed run loads. That must stay the last regular
+        # checkpoint: one of now would count an iteration more than was trained.
+        last = self._checkpointer.get_checkpoint_file()
+        super().after_train()
+        if last:
+            self._checkpointer.tag_last_checkpoint(Path(last).name)
+
     def _update_best(self, val: float, iteration: int) -> bool:
         updated = super()._update_best(val, iteration)
         if updated:

@@ -1,0 +1,1 @@
+"""Commands: ``python -m retina_plugin.tools.NAME``. Nothing imports them."""

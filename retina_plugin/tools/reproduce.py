@@ -1,0 +1,315 @@
+"""Train and evaluate rows of the paper's tables and write what was measured beside what it printed.
+
+    python -m retina_plugin.tools.reproduce 1b --scale mini --rows "gamma=2" --seeds 1
+    python -m retina_plugin.tools.reproduce all --scale paper --dry-run
+
+Each run is ``train_net.py`` in a process of its own. A finished run is in the ledger and is not run
+again; one that was cut off goes on from its last checkpoint. At the scale "mini" a row's loss,
+sampler and anchors are put on the small model and the embedded data of configs/_base_/mini.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from tqdm import tqdm
+
+from retina_plugin.engine.report import read_metrics
+from retina_plugin.engine.setup import setup_cfg
+from retina_plugin.errors import ConfigError
+
+from . import ledger
+from .paper import Row, checkout, load_paper
+
+_MINI = Path("configs", "_base_", "mini.yaml")
+_MINI_ANCHORS = 0.5  # the embedded digits are about half as large as COCO's objects
+_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+@dataclass
+class Run:
+    """One training: what it is made from, and the rows whose result it is."""
+
+    key: str
+    config: Path
+    opts: list[str]
+    max_iter: int
+    rows: list[str] = field(default_factory=list)
+    process: subprocess.Popen | None = None
+    folder: Path = Path()
+    started: float = 0.0
+
+    def iteration(self) -> int:
+        """How far it is, from its metrics; 0 if it has none."""
+        try:
+            last = (self.folder / "metrics.json").read_text().splitlines()[-1]
+            return min(json.loads(last)["iteration"] + 1, self.max_iter)
+        except (OSError, IndexError, ValueError, KeyError):
+            return 0
+
+
+def recipe(row: Row, scale: str) -> tuple[Path, list[str], dict[str, Any]]:
+    """The config file and overrides that train a row, and everything they set, as nested dicts.
+
+    Raises:
+        ConfigError: at the scale "mini", a row that differs in what that scale does not have.
+    """
+    path = checkout() / row.config
+    if scale == "paper":
+        return path, [], CfgNode.load_yaml_with_base(str(path))
+    model = yaml.safe_load(path.read_text()).get("MODEL", {})
+    delta = {key: model[key] for key in ("RETINANET", "ANCHOR_GENERATOR") if key in model}
+    if row.table in ("1e", "2"):
+        raise ConfigError(
+            f"Table {row.table}: its rows differ in backbone and image size, which --scale mini "
+            "does not have; use --scale paper"
+        )
+    anchors = delta.get("ANCHOR_GENERATOR", {})
+    if "SIZES" in anchors:
+        anchors["SIZES"] = [[s * _MINI_ANCHORS for s in sizes] for sizes in anchors["SIZES"]]
+    merged = CfgNode.load_yaml_with_base(str(checkout() / _MINI))
+    opts = []
+    for node, values in delta.items():
+        for key, value in _flatten(values):
+            opts += [f"MODEL.{node}.{key}", str(value)]
+            target = merged["MODEL"].setdefault(node, {})
+            *parents, leaf = key.split(".")
+            for parent in parents:
+                target = target.setdefault(parent, {})
+            target[leaf] = value
+    return checkout() / _MINI, opts, merged
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            items += _flatten(value, f"{prefix}{key}.")
+        else:
+            items.append((prefix + key, value))
+    return items
+
+
+def run_key(settings: dict[str, Any], extra: Sequence[str], seed: int) -> str:
+    """Names a run by what its files and overrides set: rows that are the same run share it."""
+    text = json.dumps([_same_numbers(settings), list(extra)], sort_keys=True)
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:10]}-seed{seed}"
+
+
+def _same_numbers(value: Any) -> Any:
+    """2 and 2.0, and what differs by the rounding of a product, are the same setting."""
+    if isinstance(value, dict):
+        return {k: _same_numbers(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_same_numbers(v) for v in value]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"{value:.10g}" if is_number else value
+
+
+def plan(rows: Sequence[Row], scale: str, seeds: int, extra: Sequence[str] = ()) -> list[Run]:
+    """The runs of some rows, each once, seed by seed."""
+    runs: dict[str, Run] = {}
+    for seed in range(1, seeds + 1):
+        for row in rows:
+            config, opts, settings = recipe(row, scale)
+            opts = [*opts, *extra, "SEED", str(seed)]
+            key = run_key(settings, extra, seed)
+            if key not in runs:
+                max_iter = setup_cfg(str(config), opts).SOLVER.MAX_ITER
+                runs[key] = Run(key, config, opts, max_iter)
+            runs[key].rows.append(f"{row.table} {row.name}")
+    return list(runs.values())
+
+
+def select_rows(tables: Sequence[str], names: Sequence[str]) -> list[Row]:
+    """Rows of the named tables ("all" for all of them), only those of ``names`` if there are any.
+
+    Raises:
+        ConfigError: a table or row that does not exist, with those that do.
+    """
+    paper = load_paper()
+    unknown = [t for t in tables if t not in paper and t != "all"]
+    if unknown:
+        raise ConfigError(f"no table {unknown[0]}; known: {', '.join(paper)}, all")
+    chosen = list(paper) if "all" in tables else list(dict.fromkeys(tables))
+    rows = [row for key in chosen for row in paper[key].rows]
+    missing = set(names) - {row.name for row in rows}
+    if missing:
+        known = ", ".join(row.name for row in rows)
+        raise ConfigError(f"--rows: no row '{sorted(missing)[0]}'; known: {known}")
+    return [row for row in rows if not names or row.name in names]
+
+
+def start(run: Run, output: Path, scale: str, slot: int, jobs: int) -> None:
+    """Start the run's process; it goes on from its last checkpoint if there is one."""
+    run.folder = output / scale / run.key
+    run.folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(checkout() / "train_net.py"), "--config-file", str(run.config)]
+    env = dict(os.environ)
+    gpus = torch.cuda.device_count()
+    if scale == "mini":
+        command += ["--num-gpus", "1" if gpus else "0"]
+        if gpus:
+            env["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+        # several programs with several threads each slow each other down by more than they gain
+        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    command += ["--resume", *run.opts, "OUTPUT_DIR", str(run.folder)]
+    run.started = time.monotonic()
+    with (run.folder / "console.txt").open("w") as console:
+        run.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=console,
+            env=env,
+            cwd=checkout(),
+        )
+
+
+def outcome(run: Run) -> dict[str, Any] | None:
+    """What a run that has ended measured; None if it failed other than by diverging."""
+    assert run.process is not None
+    console = (run.folder / "console.txt").read_text(errors="replace")
+    result: dict[str, Any] = {"rows": run.rows, "opts": run.opts, "commit": commit()}
+    series = read_metrics(run.folder / "metrics.json") if run.iteration() else {}
+    # of the whole training where its log tells: this process may have resumed another's
+    times = [seconds for _, seconds in series.get("time", [])]
+    result["seconds"] = round(
+        sum(times) / len(times) * run.max_iter if times else time.monotonic() - run.started
+    )
+    if "loss_cls" in series:
+        result["early_loss"] = series["loss_cls"][0][1]
+    diverged = re.search(r"Loss became infinite or NaN at iteration=(\d+)", console)
+    if diverged:
+        return {**result, "diverged_at": int(diverged[1])}
+    if run.process.returncode != 0 or "bbox/AP" not in series:
+        return None
+    metrics = {name: series[f"bbox/{name}"][-1][1] for name in _METRICS if f"bbox/{name}" in series}
+    if math.isnan(metrics["AP"]):  # Detectron2's word for no detection at all
+        metrics = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    # a size that the set does not have is NaN, too
+    return {**result, **{name: ap for name, ap in metrics.items() if not math.isnan(ap)}}
+
+
+def commit() -> str:
+    """The checkout's commit, "+" after it if files of the package or configs were changed since."""
+    git = ["git", "-C", str(checkout())]
+    try:
+        head = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+        changed = subprocess.check_output(
+            [*git, "status", "--porcelain", "retina_plugin", "configs", "train_net.py"], text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")
+
+
+def execute(
+    runs: Sequence[Run], scale: str, jobs: int, output: Path, results: ledger.Ledger
+) -> list[Run]:
+    """Run them, ``jobs`` at a time, and record each as it ends. Returns those that failed."""
+    waiting = list(runs)
+    active: list[Run] = []
+    failed: list[Run] = []
+    free = list(range(jobs))
+    slots: dict[str, int] = {}
+    total = sum(run.max_iter for run in runs)
+    ended = 0
+    with tqdm(total=total, unit="it", disable=not sys.stdout.isatty(), smoothing=0.02) as bar:
+        try:
+            while waiting or active:
+                while waiting and free:
+                    run = waiting.pop(0)
+                    slots[run.key] = free.pop(0)
+                    start(run, output, scale, slots[run.key], jobs)
+                    active.append(run)
+                    tqdm.write(f"started  {run.key}  {', '.join(run.rows)}")
+                time.sleep(1)
+                for run in [r for r in active if r.process and r.process.poll() is not None]:
+                    active.remove(run)
+                    free.append(slots[run.key])
+                    ended += run.max_iter
+                    result = outcome(run)
+                    if result is None:
+                        failed.append(run)
+                        tqdm.write(f"FAILED   {run.key}  see {run.folder / 'console.txt'}")
+                    else:
+                        results.record(scale, run.key, result)
+                        tqdm.write(f"finished {run.key}  {ledger.summary(result)}")
+                bar.n = ended + sum(run.iteration() for run in active)
+                bar.set_postfix_str(f"{len(active)} running, {len(waiting)} waiting")
+        finally:
+            for run in active:  # interrupted: they go on from their checkpoints next time
+                if run.process is not None:
+                    run.process.terminate()
+    return failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", nargs="+", metavar="TABLE", help="5.1, 1a ... 1e, 2, 3 or all")
+    parser.add_argument("--scale", choices=("paper", "mini"), default="paper")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows")
+    parser.add_argument("--seeds", type=int, default=2, help="seeds 1 to N of each row (default 2)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="runs at once (default: paper 1, with all GPUs; mini one a GPU, or one a CPU core)",
+    )
+    parser.add_argument("--output", type=Path, default=Path("output/reproduce"))
+    parser.add_argument(
+        "--ledger",
+        type=Path,
+        default=Path("docs", "ledger.json"),
+        help="JSON of the results; the table is written beside it, as .md (default docs/)",
+    )
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="more overrides")
+    parser.add_argument("--dry-run", action="store_true", help="list what would run")
+    args = parser.parse_args(argv)
+    try:
+        runs = plan(select_rows(args.tables, args.rows), args.scale, args.seeds, args.set)
+        results = ledger.Ledger(checkout() / args.ledger)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    jobs = args.jobs or default_jobs(args.scale)
+    todo = [run for run in runs if run.key not in results.runs(args.scale)]
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} in the ledger, {jobs} at a time")
+    for run in todo if args.dry_run else []:
+        print(f"{run.key}  {run.max_iter} it  {', '.join(run.rows)}\n    {' '.join(run.opts)}")
+    if args.dry_run:
+        return 0
+    failed = execute(todo, args.scale, jobs, args.output.resolve(), results)
+    for run in runs:
+        if run.key in results.runs(args.scale):
+            results.add_rows(args.scale, run.key, run.rows)
+            print(f"{', '.join(run.rows)}: {ledger.summary(results.runs(args.scale)[run.key])}")
+    print(f"ledger: {results.path.with_suffix('.md')}")
+    return 1 if failed else 0
+
+
+def default_jobs(scale: str) -> int:
+    """Paper-scale runs take all GPUs; small ones take one, or one core, each."""
+    if scale == "paper":
+        return 1
+    return torch.cuda.device_count() or os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
