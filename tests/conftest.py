@@ -38,14 +38,15 @@ def repo():
 
 @pytest.fixture(scope="session")
 def tiny_digits():
-    """digits_scenes_train and _val with 8 and 4 images of 64 px instead of thousands; its folder.
+    """digits_scenes_{train,dev,val} with 8, 4, 4 images of 64 px, not thousands; their folder.
 
     The tiny scenes lie where the full ones would, so the names work as they are, here and in
     subprocesses.
     """
     root = digits.dataset_root()
     if not root.is_dir():
-        tiny = digits.SceneSpec(image_size=64, num_train=8, num_val=4, max_digits=3, max_side=40)
+        sizes = {"image_size": 64, "max_side": 40, "max_digits": 3}
+        tiny = digits.SceneSpec(num_train=8, num_dev=4, num_val=4, **sizes)
         digits.prepare(tiny).rename(root)
     return root
 

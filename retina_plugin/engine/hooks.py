@@ -29,7 +29,8 @@ class BestCheckpoint(hooks.BestCheckpointer):
     def before_train(self) -> None:
         if self.trainer.start_iter > 0 and self._record.is_file():
             best = json.loads(self._record.read_text())
-            self.best_metric, self.best_iter = best[self._val_metric], best["iteration"]
+            if self._val_metric in best:  # else DATASETS.TEST is another one than before
+                self.best_metric, self.best_iter = best[self._val_metric], best["iteration"]
 
     def after_train(self) -> None:
         # Saving makes a file the one that a resumed run loads. That must stay the last regular

@@ -76,6 +76,8 @@ def setup_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
         cfg.merge_from_list(list(opts or []))
     except (KeyError, AssertionError, ValueError, OSError, yaml.YAMLError) as error:
         raise ConfigError(_explain(error, cfg, config_file)) from None
+    except (TypeError, AttributeError):  # what fvcore stumbles over: nothing, or a list
+        raise ConfigError(f"{config_file} or one of its bases is no mapping of keys") from None
     if default_output_dir == cfg.OUTPUT_DIR:
         cfg.OUTPUT_DIR = os.path.join("output", Path(config_file).stem)
     import_user_modules(cfg)

@@ -12,7 +12,7 @@ import textwrap
 from typing import Any
 
 from detectron2.config import CfgNode
-from tabulate import tabulate  # type: ignore[import-untyped]
+from tabulate import tabulate
 
 from retina_plugin.engine import setup_cfg
 from retina_plugin.errors import ConfigError

@@ -11,6 +11,7 @@ sampler and anchors are put on the small model and the embedded data of configs/
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -107,6 +108,12 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def run_key(settings: dict[str, Any], extra: Sequence[str], seed: int) -> str:
     """Names a run by what its files and overrides set: rows that are the same run share it."""
+    settings = copy.deepcopy(settings)
+    retinanet = settings["MODEL"]["RETINANET"]
+    if retinanet["CLS_LOSS"] == "FocalLoss" and retinanet["FOCAL_LOSS_GAMMA"] == 0:
+        retinanet["CLS_LOSS"] = "CrossEntropy"  # section 5.1: equivalent; here to the last bit
+    if retinanet["CLS_LOSS"] != "FocalLoss":
+        del retinanet["FOCAL_LOSS_GAMMA"]  # not read
     text = json.dumps([_same_numbers(settings), list(extra)], sort_keys=True)
     return f"{hashlib.sha256(text.encode()).hexdigest()[:10]}-seed{seed}"
 
