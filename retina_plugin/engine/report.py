@@ -30,14 +30,20 @@ _GT_COLOUR, _DETECTION_COLOUR = "lime", "orange"
 def read_metrics(path: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
     """Detectron2's ``metrics.json``, a JSON object a line -> name: [(iteration, value), ...].
 
-    After a resume some iterations occur twice: the last line of an iteration counts.
+    Detectron2 appends. Where the iterations step back, a training was resumed or begun anew in the
+    same folder: what stood there from that iteration on is not part of it.
     """
-    series: dict[str, dict[int, float]] = defaultdict(dict)
+    records: list[dict[str, float]] = []
     for line in Path(path).read_text().splitlines():
         record = json.loads(line)
-        iteration = record.pop("iteration")
+        while records and records[-1]["iteration"] > record["iteration"]:
+            records.pop()
+        records.append(record)
+    series: dict[str, dict[int, float]] = defaultdict(dict)
+    for record in records:
         for name, value in record.items():
-            series[name][iteration] = value
+            if name != "iteration":
+                series[name][int(record["iteration"])] = value
     return {name: sorted(points.items()) for name, points in series.items()}
 
 

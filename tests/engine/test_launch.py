@@ -1,0 +1,103 @@
+"""Several processes: by torchrun for real, and what is passed to Detectron2's launch."""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from retina_plugin.engine import launch
+from retina_plugin.errors import ConfigError
+
+# the first digits config, small: 64 px, no batch norm over one pixel, an AP without training
+SMALL = [
+    *("SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "()", "SOLVER.WARMUP_ITERS", "0"),
+    *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.001", "SOLVER.LR_PER_IMAGE", "0.0"),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "TEST.EVAL_PERIOD", "0"),
+    *("MODEL.RETINANET.NORM", "", "MODEL.FPN.NORM", "", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"),
+]
+
+
+def torchrun(repo, *overrides):
+    """train_net.py on the digits in two processes of the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["train_net.py", "--config-file", "configs/quick/digits_R18.yaml"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*command, *SMALL, *overrides],
+        cwd=repo,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_torchrun_trains_and_evaluates(repo, tiny_digits, tmp_path):
+    """Two processes share each batch and the validation set; one writes the results."""
+    result = torchrun(repo, "OUTPUT_DIR", str(tmp_path), "MODEL.RETINANET.NORMALIZER", "ema")
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    for rank, name in enumerate(["log.txt", "log.txt.rank1"]):
+        log = (tmp_path / name).read_text()
+        assert f"Rank of current process: {rank}. World size: 2" in log
+    assert re.search(r"iter: 2 +total_loss: [\d.]+", result.stdout)
+    assert result.stdout.count("Evaluation results for bbox") == 1
+    assert re.search(r"\| +AP +\| +AP50 ", result.stdout)
+    # every image of the set, from both processes, once
+    (found,) = tmp_path.glob("inference/*/coco_instances_results.json")
+    detections = json.loads(found.read_text())
+    assert {d["image_id"] for d in detections} == {1, 2, 3, 4}
+    assert len({json.dumps(d) for d in detections}) == len(detections) <= 4 * 100
+    for name in ("model_final.pth", "model_best.pth", "training_curves.png", "detections.png"):
+        assert (tmp_path / name).is_file(), name
+    # one image a process: the average counts the mean over the processes, not one of them
+    checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    assert not any(key.startswith("module.") for key in checkpoint["model"])
+    assert checkpoint["trainer"]["loss_normalizer_ema"] != 100.0
+
+
+def test_torchrun_says_it_once(repo, tiny_digits, tmp_path):
+    """A config that cannot work is one line, not one of every process."""
+    result = torchrun(repo, "OUTPUT_DIR", str(tmp_path), "MODEL.RETINANET.NUM_CLASSES", "4")
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: MODEL.RETINANET.NUM_CLASSES is 4")
+
+
+@pytest.fixture
+def args():
+    return argparse.Namespace(num_machines=2, machine_rank=1, dist_url="tcp://10.0.0.1:9")
+
+
+@pytest.mark.parametrize(("num_gpus", "processes"), [(0, 1), (1, 1), (8, 8)])
+def test_detectron2_launches_where_torchrun_did_not(monkeypatch, args, num_gpus, processes):
+    """With its options; no GPU is one process."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    calls = []
+    monkeypatch.setattr(launch, "launch", lambda *a, **k: calls.append((a, k)))
+    launch.run(print, args, num_gpus, "cfg")
+    options = {"num_machines": 2, "machine_rank": 1, "dist_url": "tcp://10.0.0.1:9"}
+    assert calls == [((print, processes), {**options, "args": (args, "cfg")})]
+
+
+def test_one_process_stays_here(monkeypatch, args):
+    """Nothing is spawned."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    args.num_machines = 1
+    calls = []
+    launch.run(lambda *a: calls.append((os.getpid(), a)), args, 0, "cfg")
+    assert calls == [(os.getpid(), (args, "cfg"))]
+
+
+def test_more_processes_than_gpus(monkeypatch, args):
+    """One line under torchrun too."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigError, match=r"torchrun --nproc_per_node 8: there are 4 GPUs"):
+        launch.run(print, args, 4)

@@ -1,0 +1,172 @@
+"""COCO's numbers, the results file, and evaluators of one's own."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from retina_plugin.engine import Trainer
+from retina_plugin.errors import ConfigError
+from retina_plugin.evaluation import EVALUATOR_REGISTRY, COCOEvaluator
+
+NAME = "test_evaluator_boxes"
+CATEGORIES = [3, 7, 90]  # not contiguous, as COCO's
+SIZE = 400
+METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+
+
+def ground_truth():
+    """8 images with a small, a medium and a large box of changing classes."""
+    annotations = []
+    for image in range(1, 9):
+        for side in (20, 60, 150):
+            x = 20 * image
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image,
+                    "category_id": CATEGORIES[len(annotations) * 7 % 5 % 3],
+                    "bbox": [x, side, side, side + 10],
+                    "area": side * (side + 10),
+                    "iscrowd": 0,
+                }
+            )
+    return annotations
+
+
+@pytest.fixture(params=[True])
+def dataset(request, tmp_path):
+    """The registered name of the boxes; parametrize with False for a set without annotations."""
+    coco = {
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "height": SIZE, "width": SIZE} for i in range(1, 9)
+        ],
+        "categories": [{"id": c, "name": f"class {c}"} for c in CATEGORIES],
+    }
+    if request.param:
+        coco["annotations"] = ground_truth()
+    (tmp_path / "set.json").write_text(json.dumps(coco))
+    register_coco_instances(NAME, {}, str(tmp_path / "set.json"), str(tmp_path))
+    DatasetCatalog.get(NAME)  # fills the metadata, as building a loader does
+    yield NAME
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.pop(NAME)
+
+
+def detections(annotations, scores, shift=0.0, class_shift=0):
+    """(inputs, outputs) as the evaluation loop has them; all 8 images, in their order."""
+    inputs, outputs = [], []
+    for image in range(1, 9):
+        mine = [(a, s) for a, s in zip(annotations, scores, strict=True) if a["image_id"] == image]
+        xywh = torch.tensor([a["bbox"] for a, _ in mine]).view(-1, 4).float() + shift
+        classes = [(CATEGORIES.index(a["category_id"]) + class_shift) % 3 for a, _ in mine]
+        instances = Instances(
+            (SIZE, SIZE),
+            pred_boxes=Boxes(torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1)),
+            scores=torch.tensor([s for _, s in mine]),
+            pred_classes=torch.tensor(classes, dtype=torch.int64),
+        )
+        inputs.append({"image_id": image})
+        outputs.append({"instances": instances})
+    return inputs, outputs
+
+
+def evaluate(dataset, out, inputs, outputs):
+    evaluator = COCOEvaluator(dataset_name=dataset, tasks=("bbox",), output_dir=str(out))
+    evaluator.reset()
+    evaluator.process(inputs, outputs)
+    return evaluator.evaluate()
+
+
+def test_perfect_detections_have_ap_100(dataset, tmp_path):
+    """Over all thresholds, sizes and classes."""
+    annotations = ground_truth()
+    results = evaluate(dataset, tmp_path, *detections(annotations, [0.9] * len(annotations)))
+    expected = {f"AP-class {c}": 100.0 for c in CATEGORIES} | dict.fromkeys(METRICS, 100.0)
+    assert results["bbox"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_wrong_classes_have_ap_0(dataset, tmp_path):
+    """Perfect boxes of the next class count nothing."""
+    annotations = ground_truth()
+    found = detections(annotations, [0.9] * len(annotations), class_shift=1)
+    assert evaluate(dataset, tmp_path, *found)["bbox"]["AP"] == 0.0
+
+
+def test_numbers_are_those_of_pycocotools(dataset, tmp_path):
+    """Run directly on the file that was written, it gives the same six numbers."""
+    rng = np.random.default_rng(0)
+    kept = [a for a in ground_truth() if rng.random() < 0.8]  # misses
+    noisy = kept + [{**a, "category_id": 3} for a in kept[::3]]  # doubles, false alarms
+    noisy = [{**a, "bbox": [v + rng.normal(0, 3) for v in a["bbox"]]} for a in noisy]
+    results = evaluate(dataset, tmp_path, *detections(noisy, rng.random(len(noisy)).tolist()))
+    coco = COCO(str(tmp_path / "set.json"))
+    direct = COCOeval(coco, coco.loadRes(str(tmp_path / "coco_instances_results.json")), "bbox")
+    direct.evaluate()
+    direct.accumulate()
+    direct.summarize()
+    values = [results["bbox"][metric] for metric in METRICS]
+    assert values == pytest.approx((100 * direct.stats[:6]).tolist(), abs=1e-9)
+    assert 5 < values[0] < 95 and len(set(values)) == 6  # neither trivial nor all the same
+
+
+@pytest.mark.parametrize("dataset", [False], indirect=True)
+def test_without_annotations_the_file_is_the_result(dataset, tmp_path):
+    """As on test-dev: what is to be submitted is written, with COCO's category ids and XYWH."""
+    annotations = ground_truth()
+    scores = [0.01 * (i + 1) for i in range(len(annotations))]
+    assert evaluate(dataset, tmp_path, *detections(annotations, scores)) == {}
+    written = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert len(written) == len(annotations)
+    for result, annotation, score in zip(written, annotations, scores, strict=True):
+        assert result["image_id"] == annotation["image_id"]
+        assert result["category_id"] == annotation["category_id"]
+        assert result["bbox"] == pytest.approx(annotation["bbox"])
+        assert result["score"] == pytest.approx(score)
+
+
+@pytest.mark.parametrize("dataset", [True, False], indirect=True)
+def test_no_detections_at_all(dataset, tmp_path):
+    """An untrained model: an empty file, no exception, and no AP that could be taken for one."""
+    results = evaluate(dataset, tmp_path, *detections([], []))
+    assert json.loads((tmp_path / "coco_instances_results.json").read_text()) == []
+    assert all(np.isnan(value) for value in results.get("bbox", {}).values())
+
+
+def test_the_trainer_takes_the_evaluator_that_is_named(tiny_cfg):
+    """TEST.EVALUATOR names it; it gets the set's name and a folder of its own."""
+
+    class Mine(DatasetEvaluator):
+        def __init__(self, **kwargs):
+            self.kwargs = kwargs
+
+        @classmethod
+        def from_config(cls, cfg, dataset_name, output_dir):
+            return {"dataset_name": dataset_name, "output_dir": output_dir}
+
+    assert isinstance(Trainer.build_evaluator(tiny_cfg, "digits_scenes_val"), COCOEvaluator)
+    EVALUATOR_REGISTRY.register(Mine)
+    try:
+        tiny_cfg.TEST.EVALUATOR = "Mine"
+        evaluator = Trainer.build_evaluator(tiny_cfg, "digits_scenes_val")
+    finally:
+        EVALUATOR_REGISTRY._obj_map.pop("Mine")
+    assert isinstance(evaluator, Mine)
+    assert evaluator.kwargs == {
+        "dataset_name": "digits_scenes_val",
+        "output_dir": f"{tiny_cfg.OUTPUT_DIR}/inference/digits_scenes_val",
+    }
+
+
+def test_an_evaluator_that_does_not_exist(tiny_cfg):
+    """One line that lists the ones that do."""
+    tiny_cfg.TEST.EVALUATOR = "CocoEvaluator"
+    with pytest.raises(ConfigError, match=r"TEST\.EVALUATOR: .*'CocoEvaluator'.*COCOEvaluator"):
+        Trainer.build_evaluator(tiny_cfg, "digits_scenes_val")
