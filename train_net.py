@@ -8,9 +8,16 @@ KEY VALUE pairs at the end override the config. Also runs under torchrun.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import NoReturn
+
+# Detectron2 sets it off at import, and its users cannot mend it.
+warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
 
 try:
     import retina_plugin  # noqa: F401  first: it says what to run where Detectron2 is missing
@@ -22,6 +29,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
 from retina_plugin.engine import (
@@ -43,6 +51,7 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> None:
     try:
         import_user_modules(cfg)  # again, for a process that was spawned
         default_setup(cfg, args)
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="retina_plugin")
         if args.eval_only:
             evaluate(cfg, args.resume)
             return
@@ -76,17 +85,34 @@ def evaluate(cfg: CfgNode, resume: bool) -> None:
         draw_detections(cfg, model, os.path.join(cfg.OUTPUT_DIR, "detections.png"))
 
 
+@contextlib.contextmanager
+def log_to_console() -> Iterator[None]:
+    """Show what the plugin logs, as plain lines."""
+    logger = logging.getLogger("retina_plugin")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 def cli(argv: list[str] | None = None) -> None:
     args = argument_parser().parse_args(argv)
     try:
-        cfg = setup_cfg(args.config_file, args.opts)
-        check_config(cfg, eval_only=args.eval_only)
-        num_gpus = check_devices(cfg, args.num_gpus)
-        last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-        if not (args.resume and os.path.isfile(last)):  # else that is loaded, not MODEL.WEIGHTS
-            if args.eval_only and not cfg.MODEL.WEIGHTS:
-                raise ConfigError("--eval-only: set MODEL.WEIGHTS to the checkpoint to evaluate")
-            check_weights(cfg)
+        with log_to_console():  # main() logs to the output folder, which is not known yet
+            cfg = setup_cfg(args.config_file, args.opts)
+            check_config(cfg, eval_only=args.eval_only)
+            num_gpus = check_devices(cfg, args.num_gpus)
+            last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+            if not (args.resume and os.path.isfile(last)):  # else that is loaded, not the weights
+                if args.eval_only and not cfg.MODEL.WEIGHTS:
+                    raise ConfigError(
+                        "--eval-only: set MODEL.WEIGHTS to the checkpoint to evaluate"
+                    )
+                check_weights(cfg)
         cfg.freeze()
         run(main, args, num_gpus, cfg)
     except ConfigError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ from detectron2.data.datasets import load_coco_json
 __all__ = ["CLASSES", "SceneSpec", "compose_scene", "prepare", "register"]
 
 CLASSES = [str(d) for d in range(10)]
+
+logger = logging.getLogger("retina_plugin")
 
 _VERSION = 2  # of the way scenes are composed: raise it whenever the pixels change
 
@@ -78,6 +81,7 @@ def prepare(spec: SceneSpec = SPEC) -> Path:
     if root.is_dir():
         return root
     digits, labels, photos = _sources()
+    logger.info("Writing the embedded digits to %s (once, some seconds)", root)
     order = np.random.default_rng([spec.seed, 0]).permutation(len(digits))
     val, dev, train = np.split(order, np.cumsum([spec.num_val_digits, spec.num_dev_digits]))
     parts = {

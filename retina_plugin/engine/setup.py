@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 from pathlib import Path
@@ -15,7 +16,6 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
 from detectron2.utils.file_io import Detectron2Handler, PathManager
-from detectron2.utils.logger import setup_logger
 
 from retina_plugin.config import add_retina_config
 from retina_plugin.data.checks import check_datasets, check_num_classes
@@ -30,7 +30,7 @@ __all__ = [
     "setup_cfg",
 ]
 
-logger = setup_logger(name="retina_plugin")
+logger = logging.getLogger("retina_plugin")
 
 # What to set instead of a key of MODEL.ROI_HEADS, none of which RetinaNet reads.
 _ROI_HEADS_TWINS = {

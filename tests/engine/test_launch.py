@@ -62,11 +62,14 @@ def test_torchrun_trains_and_evaluates(repo, tiny_digits, tmp_path):
 
 
 def test_torchrun_says_it_once(repo, tiny_digits, tmp_path):
-    """A config that cannot work is one line, not one of every process."""
-    result = torchrun(repo, "OUTPUT_DIR", str(tmp_path), "MODEL.RETINANET.NUM_CLASSES", "4")
+    """What the processes cannot do together is one line, not one of each process."""
+    result = torchrun(repo, "OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "3")
     assert result.returncode != 0
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and lines[0].startswith("error: MODEL.RETINANET.NUM_CLASSES is 4")
+    assert lines == [
+        "error: SOLVER.IMS_PER_BATCH 3 cannot be split over 2 processes: set it to 4 and "
+        "SOLVER.BASE_LR to 0.00133333"
+    ]
 
 
 @pytest.fixture
