@@ -5,6 +5,7 @@
 KEY VALUE pairs at the end override the config. Also runs under torchrun.
 """
 
+# ruff: noqa: E402  what Detectron2's import sets off is dealt with before it
 from __future__ import annotations
 
 import argparse
