@@ -79,16 +79,22 @@ def tiny_cfg(tiny_digits, tmp_path):
 @pytest.fixture(autouse=True)
 def _restore_loggers():
     """Detectron2's ``setup_logger`` adds a handler for every output folder; undo it."""
-    before = {name: list(logging.getLogger(name).handlers) for name in _LOGGERS}
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
     yield
-    for name, handlers in before.items():
-        logging.getLogger(name).handlers[:] = handlers
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
+        logger.propagate = propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture
 def log(caplog):
-    """caplog that sees the loggers that do not propagate."""
+    """caplog that sees each record of our loggers once, whether ``setup_logger`` was called or not:
+    that stops their propagation."""
     for name in _LOGGERS:
-        logging.getLogger(name).addHandler(caplog.handler)
-    caplog.set_level(logging.INFO)
+        logger = logging.getLogger(name)
+        logger.addHandler(caplog.handler)
+        logger.propagate = False
+        logger.setLevel(logging.INFO)
     return caplog

@@ -322,6 +322,14 @@ def test_output_dir_follows_the_file(any_config, repo):
     assert setup_cfg(str(path)).OUTPUT_DIR.endswith(path.stem)
 
 
+def test_no_two_configs_share_an_output_folder(repo):
+    """Or --resume would go on with the other one's checkpoint."""
+    files = [p for p in (repo / "configs").rglob("*.yaml") if p.parent.name != "_base_"]
+    folders = [setup_cfg(str(path)).OUTPUT_DIR for path in files]
+    assert len(files) > len(PAPER)
+    assert sorted(folders) == sorted(set(folders))
+
+
 def test_every_config_has_a_header(any_config, repo):
     """What it is and the command."""
     text = header(repo / "configs" / any_config)

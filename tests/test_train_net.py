@@ -93,6 +93,7 @@ def test_trains_evaluates_and_resumes(config, out, capsys, log):
     logged = (out / "log.txt").read_text()
     assert "Starting training from iteration 0" in logged
     assert "Evaluation results for bbox" in logged
+    assert "Training curves: " in logged  # our own lines are there too
     metrics = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
     assert any("bbox/AP" in line for line in metrics)
     results = json.loads((out / RESULTS).read_text())

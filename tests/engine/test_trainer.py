@@ -224,7 +224,7 @@ def test_the_best_on_another_test_set_does_not_count(tiny_cfg, one_batch, measur
     tiny_cfg.SOLVER.MAX_ITER, tiny_cfg.SOLVER.CHECKPOINT_PERIOD = 4, 2
     tiny_cfg.TEST.EVAL_PERIOD = 2
     measured_ap += [40.0, 5.0]
-    interrupt(tiny_cfg, 3)
+    interrupt(tiny_cfg, 2)
     path = Path(tiny_cfg.OUTPUT_DIR) / "model_best.json"
     path.write_text(json.dumps({"another_set/bbox/AP": 40.0, "iteration": 1}))
     train(tiny_cfg, resume=True)
