@@ -49,7 +49,7 @@ _DEFAULTS: dict[str, Any] = {
     # What computes the metrics of DATASETS.TEST, a name in EVALUATOR_REGISTRY.
     "TEST.EVALUATOR": "COCOEvaluator",
     # Learning rate per image of the batch by the linear scaling rule; .01 for 16 images in the
-    # paper (section 4.1). A run whose BASE_LR / IMS_PER_BATCH is far from it is warned; 0: never.
+    # paper (section 4.1). A run whose BASE_LR / IMS_PER_BATCH is far from it is warned; 0.0: never.
     "SOLVER.LR_PER_IMAGE": 0.01 / 16,
 }
 

@@ -99,6 +99,7 @@ def prepare(spec: SceneSpec = SPEC) -> Path:
                 for _ in range(num_images)
             )
             _write_coco(partial, split, scenes)
+        partial.chmod(0o755)  # mkdtemp's is the user's alone, and the cache may be shared
         partial.rename(root)
     except OSError:
         if not root.is_dir():  # else another process was faster

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,11 @@ def draw_training_curves(metrics: str | os.PathLike, path: str | os.PathLike) ->
             ["retinanet/cls_foreground", "retinanet/cls_background"],
             "log",
         ),
-        ("AP on the validation set", ["bbox/AP", "bbox/AP50", "bbox/AP75"], "linear"),
+        (
+            "AP on the test set",
+            sorted(n for n in series if re.search(r"bbox/AP(50|75)?$", n)),
+            "linear",
+        ),
         ("positive anchors an image", levels, "linear"),
         ("learning rate", ["lr"], "linear"),
     ]
@@ -73,7 +78,9 @@ def draw_training_curves(metrics: str | os.PathLike, path: str | os.PathLike) ->
         for name in names:
             if name in series:
                 x, y = zip(*series[name])
-                axis.plot(x, y, marker="." if len(x) < 30 else "", label=name.split("/")[-1])
+                # of several test sets, the set's name tells them apart
+                label = name.removeprefix("bbox/").removeprefix("retinanet/")
+                axis.plot(x, y, marker="." if len(x) < 30 else "", label=label)
         axis.set(title=title, xlabel="iteration", yscale=scale)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)

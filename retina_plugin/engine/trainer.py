@@ -78,6 +78,13 @@ class Trainer(DefaultTrainer):
         return [*others, ProgressBar(), writers, Pictures(self.cfg)]
 
     @classmethod
+    def build_test_loader(cls, cfg: Any, dataset_name: str) -> Any:
+        """Detectron2's loader; loading may tell how many classes the dataset has."""
+        loader = super().build_test_loader(cfg, dataset_name)
+        check_num_classes(cfg)
+        return loader
+
+    @classmethod
     def build_evaluator(
         cls, cfg: Any, dataset_name: str, output_dir: str | None = None
     ) -> DatasetEvaluator:
