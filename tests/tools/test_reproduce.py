@@ -5,14 +5,14 @@ import json
 import pytest
 
 from retina_plugin.errors import ConfigError
-from retina_plugin.tools import reproduce
+from retina_plugin.tools import plan, reproduce
 from retina_plugin.tools.paper import load_paper
 
 SHORT = ["SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "SOLVER.IMS_PER_BATCH", "2"]
 
 
 def planned(*tables, rows=(), scale="mini", seeds=1):
-    return reproduce.plan(reproduce.select_rows(tables, rows), scale, seeds)
+    return plan.plan(plan.select_rows(tables, rows), scale, seeds)
 
 
 def test_rows_that_are_one_experiment_are_one_run():
