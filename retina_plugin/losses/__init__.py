@@ -1,4 +1,4 @@
-"""Losses of the dense detector; plain PyTorch, without Detectron2."""
+"""Losses of the dense detector, in plain PyTorch; nothing here imports Detectron2."""
 
 from .classification import (
     CLS_LOSS_REGISTRY,
@@ -9,12 +9,13 @@ from .classification import (
     HingeLoss,
 )
 from .dense import DenseLoss, DenseTargets, anchor_losses, dense_classification_loss
-from .regression import BOX_LOSS_REGISTRY
+from .regression import BOX_LOSS_REGISTRY, BoxLoss
 from .sampled import sampled_classification_loss
 
 __all__ = [
     "BOX_LOSS_REGISTRY",
     "CLS_LOSS_REGISTRY",
+    "BoxLoss",
     "ClassificationLoss",
     "CrossEntropy",
     "DenseLoss",

@@ -77,7 +77,8 @@ def dense_classification_loss(
     Args:
         logits: per level (N, A*K, Hi, Wi), the raw head output; channel ``a * K + k`` is class k
             of anchor a. Any memory layout; float64, float32, bfloat16 or float16. The arithmetic
-            is float32 (float64 for float64), the sums are float64 where the device has it.
+            is float32 (float64 for float64), the sums are float64 where the device has it. The
+            gradient of float16 logits is kept in float32 until it is scaled.
         targets: labels of the batch.
         loss: the elementwise loss and its alpha.
         num_classes: K.
@@ -136,7 +137,13 @@ class _DenseLossFunction(torch.autograd.Function):
         *logits: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x0 = logits[0]
-        grads = [torch.empty_like(x) if want_grad and x.requires_grad else None for x in logits]
+        # float16 would lose what a loss scaler, whose factor only comes in backward, keeps alive
+        grads = [
+            torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
+            if want_grad and x.requires_grad
+            else None
+            for x in logits
+        ]
         sum_dtype = torch.float32 if x0.device.type == "mps" else torch.float64
         foreground_N = x0.new_zeros(targets.num_images, dtype=sum_dtype)
         background_N = torch.zeros_like(foreground_N)
@@ -147,7 +154,7 @@ class _DenseLossFunction(torch.autograd.Function):
                 level = _LevelTargets.select(targets, start, start + n_anchors, x, num_classes)
                 _sum_level(x, grad, level, loss, foreground_N, background_N)
                 start += n_anchors
-        ctx.grads = grads
+        ctx.grads, ctx.dtypes = grads, [x.dtype for x in logits]
         out_dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
         total_N = (foreground_N + background_N).to(out_dtype)
         foreground_N, background_N = foreground_N.to(out_dtype), background_N.to(out_dtype)
@@ -164,7 +171,10 @@ class _DenseLossFunction(torch.autograd.Function):
             )
         grads, ctx.grads = ctx.grads, None
         scale = grad_N.view(-1, 1, 1, 1)
-        scaled = (None if g is None else g.mul_(scale.to(g.dtype)) for g in grads)
+        scaled = (
+            None if g is None else g.mul_(scale.to(g.dtype)).to(dtype)
+            for g, dtype in zip(grads, ctx.dtypes)
+        )
         return None, None, None, None, *scaled
 
 

@@ -17,9 +17,9 @@ from torchvision import ops  # GIoU, DIoU and CIoU
 from retina_plugin.errors import ConfigError
 from retina_plugin.registry import ComponentRegistry
 
-__all__ = ["BOX_LOSS_REGISTRY", "L1", "CIoU", "DIoU", "GIoU", "SmoothL1"]
+__all__ = ["BOX_LOSS_REGISTRY", "L1", "BoxLoss", "CIoU", "DIoU", "GIoU", "SmoothL1"]
 
-# Entries are called with (prediction_P4, target_P4) and return (P,) losses.
+# Entries are subclasses of BoxLoss.
 BOX_LOSS_REGISTRY = ComponentRegistry(
     "MODEL.RETINANET.BBOX_REG_LOSS_TYPE",
     aliases={  # the values that Detectron2's key has
@@ -32,8 +32,16 @@ BOX_LOSS_REGISTRY = ComponentRegistry(
 )
 
 
-class _BoxLoss:
+class BoxLoss:
+    """Base of the box losses: called with (prediction_P4, target_P4), returns (P,) losses.
+
+    ``on`` says what these are: "deltas" (the default) or "boxes".
+    """
+
     on = "deltas"
+
+    def __call__(self, prediction_P4: Tensor, target_P4: Tensor) -> Tensor:
+        raise NotImplementedError  # abstract: every loss defines it
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
@@ -45,7 +53,7 @@ class _BoxLoss:
 
 
 @BOX_LOSS_REGISTRY.register()
-class SmoothL1(_BoxLoss):
+class SmoothL1(BoxLoss):
     """Smooth L1 of the deltas, summed over the four: .5 d^2 / beta below beta, else |d| - beta/2.
 
     Args:
@@ -71,7 +79,7 @@ class SmoothL1(_BoxLoss):
 
 
 @BOX_LOSS_REGISTRY.register()
-class L1(_BoxLoss):
+class L1(BoxLoss):
     """|d| of the deltas, summed over the four."""
 
     def __call__(self, prediction_P4: Tensor, target_P4: Tensor) -> Tensor:
@@ -79,7 +87,7 @@ class L1(_BoxLoss):
 
 
 @BOX_LOSS_REGISTRY.register()
-class GIoU(_BoxLoss):
+class GIoU(BoxLoss):
     """1 - GIoU of the decoded boxes (Rezatofighi et al., CVPR 2019)."""
 
     on = "boxes"
@@ -89,7 +97,7 @@ class GIoU(_BoxLoss):
 
 
 @BOX_LOSS_REGISTRY.register()
-class DIoU(_BoxLoss):
+class DIoU(BoxLoss):
     """1 - IoU + (centre distance / enclosing diagonal)^2 (Zheng et al., AAAI 2020)."""
 
     on = "boxes"
@@ -99,7 +107,7 @@ class DIoU(_BoxLoss):
 
 
 @BOX_LOSS_REGISTRY.register()
-class CIoU(_BoxLoss):
+class CIoU(BoxLoss):
     """DIoU plus a term of the aspect ratio (Zheng et al., AAAI 2020)."""
 
     on = "boxes"

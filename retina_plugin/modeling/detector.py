@@ -148,16 +148,19 @@ class FocalRetinaNet(DenseDetector):
     ) -> dict[str, Tensor]:
         """{"loss_cls", "loss_box_reg"}: scalars, to be added up (section 4.1, "Optimization")."""
         logits, deltas = predictions
-        anchors = self.anchor_generator(features)
+        level_anchors = self.anchor_generator(features)
+        anchors_R4 = Boxes.cat(level_anchors).tensor
         targets = self.labeler(
-            Boxes.cat(anchors).tensor,
+            anchors_R4,
             [x.gt_boxes.tensor for x in gt_instances],
             [x.gt_classes for x in gt_instances],
         )
         divisor_N = self.normalizer(targets.num_positives_N())
-        cls_sums, cls_divisor_N = self._cls_loss_sums(anchors, logits, deltas, targets, divisor_N)
-        box_sum_N = self._box_loss_sums(anchors, deltas, targets)
-        self._log(anchors, targets, cls_sums, cls_divisor_N)
+        cls_sums, cls_divisor_N = self._cls_loss_sums(
+            anchors_R4, logits, deltas, targets, divisor_N
+        )
+        box_sum_N = self._box_loss_sums(anchors_R4, deltas, targets)
+        self._log(level_anchors, targets, cls_sums, cls_divisor_N)
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
             self._visualize(images, gt_instances, features, predictions)
         return {
@@ -177,7 +180,7 @@ class FocalRetinaNet(DenseDetector):
 
     def _cls_loss_sums(
         self,
-        anchors: list[Boxes],
+        anchors_R4: Tensor,
         logits: list[Tensor],
         deltas: list[Tensor],
         targets: DenseTargets,
@@ -190,7 +193,7 @@ class FocalRetinaNet(DenseDetector):
 
         def predict_boxes(n: int, anchor: Tensor) -> Tensor:
             deltas_S4 = gather_anchors(deltas, torch.full_like(anchor, n), anchor, 4)
-            return self.box2box_transform.apply_deltas(deltas_S4, Boxes.cat(anchors).tensor[anchor])
+            return self.box2box_transform.apply_deltas(deltas_S4, anchors_R4[anchor])
 
         sample = self.sampler(targets, score_anchors, predict_boxes)
         if sample is None:
@@ -205,10 +208,10 @@ class FocalRetinaNet(DenseDetector):
         return sums, kept_N.clamp(min=1).float() * targets.num_images
 
     def _box_loss_sums(
-        self, anchors: list[Boxes], deltas: list[Tensor], targets: DenseTargets
+        self, anchors_R4: Tensor, deltas: list[Tensor], targets: DenseTargets
     ) -> Tensor:
         """(N,) sums over the positives of an image; exactly 0, with a graph, where it has none."""
-        anchors_P4 = Boxes.cat(anchors).tensor[targets.positive_anchor]
+        anchors_P4 = anchors_R4[targets.positive_anchor]
         deltas_P4 = gather_anchors(deltas, targets.positive_image, targets.positive_anchor, 4)
         if self.box_loss.on == "boxes":
             boxes_P4 = self.box2box_transform.apply_deltas(deltas_P4, anchors_P4)
@@ -252,7 +255,7 @@ class FocalRetinaNet(DenseDetector):
             **{
                 "retinanet/cls_foreground": (cls_sums.foreground / divisor_N).sum().item(),
                 "retinanet/cls_background": (cls_sums.background / divisor_N).sum().item(),
-                # of the whole batch, in whatever mode: sum of losses / this = the loss
+                # the mean over images where the mode divides image by image
                 "retinanet/normalizer": divisor_N.mean().item(),
             }
         )

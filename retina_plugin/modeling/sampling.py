@@ -20,8 +20,9 @@ __all__ = ["ANCHOR_SAMPLER_REGISTRY", "OHEM", "AllAnchors", "Sample"]
 # that the classification loss is computed on, or None for every anchor that is not ignored.
 ANCHOR_SAMPLER_REGISTRY = ComponentRegistry("MODEL.RETINANET.SAMPLER")
 
-# Candidates that the NMS looks at together: bounds its memory, not its result.
+# Candidates, and survivors, that the NMS compares together: bound its memory, not its result.
 _BLOCK = 1024
+_SURVIVORS = 8192
 
 
 class Sample(NamedTuple):
@@ -61,6 +62,8 @@ class OHEM:
     The NMS runs over all anchors, but from the highest score down in blocks, and ends as soon as
     enough are left: lower-scored ones cannot change what is above them, so the result is that of
     one NMS over all anchors, in bounded memory.
+
+    Where fewer positives are left than their share, negatives fill the batch up.
 
     Args:
         batch_size: anchors of an image that stay (``OHEM.BATCH_SIZE``; Table 1d: 128, 256, 512).
@@ -134,7 +137,9 @@ class OHEM:
         for block in order.split(_BLOCK):
             positives_left -= int(is_positive_R[block].sum())
             boxes = boxes_of(block)
-            free = (box_iou(boxes, kept_boxes) <= self.nms_thresh).all(dim=1)
+            free = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+            for some in kept_boxes.split(_SURVIVORS):
+                free &= (box_iou(boxes, some) <= self.nms_thresh).all(dim=1)
             block, boxes = block[free], boxes[free]
             # the block is in the order of the scores, in which equal ones must stay
             rank = torch.arange(len(block), 0, -1, device=boxes.device, dtype=boxes.dtype)

@@ -165,6 +165,19 @@ def test_16_bit_logits_lose_only_their_own_rounding(dtype, gamma):
         torch.testing.assert_close(x.grad.double(), expected, rtol=1.01 * half_ulp, atol=smallest)
 
 
+def test_float16_gradients_survive_a_loss_scale():
+    """GradScaler's factor comes in backward: what it lifts into float16's range must be there."""
+    x = torch.tensor([-4.0, -5.0, -6.0], dtype=torch.float16).view(1, 3, 1, 1).requires_grad_()
+    none = torch.zeros(0, dtype=torch.int64)
+    targets = DenseTargets(1, none, none, none, torch.zeros(0, 4), none, none)
+    scale = 2.0**17  # more than float16 can hold
+    (dense_classification_loss([x], targets, FocalLoss(), 3).total.sum() / 100 * scale).backward()
+    leaf = x.detach().double().requires_grad_()
+    (0.75 * focal(-leaf, 2.0).sum() / 100 * scale).backward()
+    assert leaf.grad.min() > 1e-5
+    torch.testing.assert_close(x.grad.double(), leaf.grad, rtol=1e-3, atol=6e-8)
+
+
 def test_float64_is_computed_in_float64():
     logits, targets = random_logits(torch.float64), random_targets()
     out = dense_classification_loss(logits, targets, FocalLoss(), K)

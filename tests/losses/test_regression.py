@@ -8,7 +8,7 @@ from fvcore.nn import giou_loss, smooth_l1_loss
 
 from retina_plugin import add_retina_config
 from retina_plugin.errors import ConfigError
-from retina_plugin.losses import BOX_LOSS_REGISTRY
+from retina_plugin.losses import BOX_LOSS_REGISTRY, BoxLoss
 
 
 def build(name, **retinanet):
@@ -69,3 +69,15 @@ def test_a_registered_class_is_chosen_by_its_own_name():
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(ConfigError, match="BBOX_REG_LOSS_TYPE.*'iou'.*smooth_l1.*SmoothL1"):
         build("iou")
+
+
+def test_users_box_loss_needs_only_a_call():
+    class Half(BoxLoss):
+        def __call__(self, prediction_P4, target_P4):
+            return (prediction_P4 - target_P4).abs().sum(dim=1) / 2
+
+    if "Half" not in BOX_LOSS_REGISTRY:
+        BOX_LOSS_REGISTRY.register(Half)
+    loss = build("Half")
+    assert loss.on == "deltas" and loss.from_config(None) == {}
+    assert loss(torch.zeros(3, 4), torch.ones(3, 4)).tolist() == [2.0] * 3

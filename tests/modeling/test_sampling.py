@@ -84,6 +84,22 @@ def test_ohem_1_to_3_waits_for_a_positive_of_low_score():
     assert anchor not in sample(OHEM(8, 0.5), targets, score, boxes)[0]
 
 
+def test_memory_is_bounded_however_deep_the_last_positive_is(monkeypatch):
+    monkeypatch.setattr(sampling, "_BLOCK", 50)
+    monkeypatch.setattr(sampling, "_SURVIVORS", 20)
+    compared = []
+    monkeypatch.setattr(
+        sampling, "box_iou", lambda a, b: compared.append((len(a), len(b))) or box_iou(a, b)
+    )
+    targets, score, boxes = scene(seed=6, num_positive=1, num_ignored=0)
+    score[0, targets.positive_anchor] = -5.0
+    chosen = sample(OHEM(8, 0.5, 0.25), targets, score, boxes)[0]
+    monkeypatch.undo()
+    assert torch.equal(chosen, sample(OHEM(8, 0.5, 0.25), targets, score, boxes)[0])
+    assert sum(b for _, b in compared) > 100
+    assert max(a for a, _ in compared) <= 50 and max(b for _, b in compared) <= 20
+
+
 def test_chosen_boxes_do_not_overlap_and_ignored_anchors_are_left_out():
     targets, score, boxes = scene(seed=3)
     (chosen, _) = sample(OHEM(64, 0.5), targets, score, boxes)
