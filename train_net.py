@@ -92,7 +92,8 @@ def log_to_console() -> Iterator[None]:
     logger = logging.getLogger("retina_plugin")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    logger.setLevel(logging.INFO)
+    # under torchrun one process of the machine speaks for all
+    logger.setLevel(logging.INFO if int(os.environ.get("LOCAL_RANK", 0)) == 0 else logging.ERROR)
     logger.addHandler(handler)
     try:
         yield
@@ -106,7 +107,7 @@ def cli(argv: list[str] | None = None) -> None:
         with log_to_console():  # main() logs to the output folder, which is not known yet
             cfg = setup_cfg(args.config_file, args.opts)
             check_config(cfg, eval_only=args.eval_only)
-            num_gpus = check_devices(cfg, args.num_gpus)
+            num_gpus = check_devices(cfg, args.num_gpus, args.eval_only)
             last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
             if not (args.resume and os.path.isfile(last)):  # else that is loaded, not the weights
                 if args.eval_only and not cfg.MODEL.WEIGHTS:

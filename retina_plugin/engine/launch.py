@@ -51,8 +51,21 @@ def run(main: Callable[..., None], args: argparse.Namespace, num_gpus: int, *res
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group(backend="nccl" if num_gpus else "gloo")
-    comm.create_local_process_group(num_processes)
+    _create_local_process_group(num_processes)
     try:
         main(args, *rest)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _create_local_process_group(num_processes: int) -> None:
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(num_processes)
+        return
+    # Detectron2 v0.6 has it inside launch() only
+    rank = torch.distributed.get_rank()
+    for first in range(0, torch.distributed.get_world_size(), num_processes):
+        ranks = list(range(first, first + num_processes))
+        group = torch.distributed.new_group(ranks)
+        if rank in ranks:
+            comm._LOCAL_PROCESS_GROUP = group

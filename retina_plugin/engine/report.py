@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import detection_utils as utils
+from detectron2.evaluation import inference_context
 from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
@@ -36,7 +37,10 @@ def read_metrics(path: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
     """
     records: list[dict[str, float]] = []
     for line in Path(path).read_text().splitlines():
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # torn: the process was killed while it wrote, and another one went on
         while records and records[-1]["iteration"] > record["iteration"]:
             records.pop()
         records.append(record)
@@ -114,18 +118,17 @@ def draw_detections(
     dataset = DatasetCatalog.get(name)
     chosen = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).round().astype(int)
     mapper = DatasetMapper(cfg, is_train=False)
-    was_training = model.training
-    model.eval()
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
+    # wrapped in DistributedDataParallel, only this process runs the model: use the inner one
+    detector = getattr(model, "module", model)
     for axis, index in zip(axes.flat, chosen):
         record = dataset[index]
-        # wrapped in DistributedDataParallel, only this process runs the model: use the inner one
-        detector = getattr(model, "module", model)
-        instances = detector([mapper(record)])[0]["instances"].to("cpu")
+        with inference_context(model):
+            instances = detector([mapper(record)])[0]["instances"].to("cpu")
         axis.imshow(
             _draw(
                 utils.read_image(record["file_name"], "RGB"),
@@ -142,7 +145,6 @@ def draw_detections(
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
-    model.train(was_training)
     logger.info("Detections against ground truth: %s", path)
 
 

@@ -154,11 +154,12 @@ def check_config(cfg: CfgNode, eval_only: bool = False) -> None:
         _warn_learning_rate(cfg)
 
 
-def check_devices(cfg: CfgNode, num_gpus: int | None) -> int:
+def check_devices(cfg: CfgNode, num_gpus: int | None, eval_only: bool = False) -> int:
     """The number of GPUs to use; with none, ``cfg.MODEL.DEVICE`` "cuda" becomes "cpu".
 
     Args:
         num_gpus: what was asked for; None is all that are there, if ``MODEL.DEVICE`` wants one.
+        eval_only: evaluation does not read ``SOLVER.AMP``.
 
     Raises:
         ConfigError: more GPUs than there are, or a setting that needs one where there is none.
@@ -173,10 +174,14 @@ def check_devices(cfg: CfgNode, num_gpus: int | None) -> int:
             f"--num-gpus {num_gpus}: this machine has {available}; ask for at most that, or leave "
             "--num-gpus out to use what is there" + ("" if available else " (the CPU)")
         )
+    if num_gpus > 0 and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise ConfigError(
+            f"--num-gpus {num_gpus} with MODEL.DEVICE {cfg.MODEL.DEVICE}: leave one of them out"
+        )
     if num_gpus == 0:
         if cfg.MODEL.DEVICE.startswith("cuda"):
             cfg.MODEL.DEVICE = "cpu"
-        if cfg.SOLVER.AMP.ENABLED:
+        if cfg.SOLVER.AMP.ENABLED and not eval_only:
             raise ConfigError("SOLVER.AMP.ENABLED needs a GPU: set SOLVER.AMP.ENABLED False")
         logger.info("No GPU is used: running on %s", cfg.MODEL.DEVICE)
     return num_gpus

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import statistics
 from collections.abc import Sequence
@@ -48,8 +49,11 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._data: dict[str, dict[str, dict[str, Any]]] = {}
-        if path.is_file():
-            self._data = json.loads(path.read_text())
+        self._read()
+
+    def _read(self) -> None:
+        if self.path.is_file():
+            self._data = json.loads(self.path.read_text())
 
     def runs(self, scale: str) -> dict[str, dict[str, Any]]:
         """Run key -> result (see :func:`retina_plugin.tools.reproduce.outcome`)."""
@@ -57,10 +61,15 @@ class Ledger:
 
     def record(self, scale: str, key: str, result: dict[str, Any]) -> None:
         """Add a result and write both files, so that nothing is lost if the rest is cut off."""
-        self._data.setdefault(scale, {})[key] = result
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self._data, indent=1, sort_keys=True) + "\n")
-        self.write_page()
+        with (self.path.parent / f".{self.path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._read()  # another command may have recorded something meanwhile
+            self._data.setdefault(scale, {})[key] = result
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(self._data, indent=1, sort_keys=True) + "\n")
+            partial.replace(self.path)
+            self.write_page()
 
     def add_rows(self, scale: str, key: str, rows: Sequence[str]) -> None:
         """Say of a result that it is that of these rows, too."""
@@ -146,17 +155,22 @@ def _claims(measured: dict[str, list[dict[str, Any]]]) -> str:
     ]
     notes = []
     for claim in yaml.safe_load(text).get("claims", []):
-        better, worse = (measured.get(claim[side], []) for side in ("better", "worse"))
-        if not better or not worse:
-            continue
         measure = claim.get("measure", "AP")
+        others = claim["worse"] if isinstance(claim["worse"], list) else [claim["worse"]]
+        others = [row for row in others if row in measured]
+        better = measured.get(claim["better"], [])
+        if not better or not others:
+            continue
+        # of several others, the claim is about the best one measured
+        other = max(others, key=lambda row: _mean(measured[row], "AP") or 0.0)
+        worse = measured[other]
         values = [_mean(results, measure) for results in (better, worse)]
         verdict = _shows(claim, values, [better, worse])
         shown = ["diverged" if v is None else f"{v:.1f}" for v in values]
         name = "" if measure == "AP" else f"{measure.replace('_', ' ')} "
         lines.append(
             f"| {claim['text']} | {claim['better']}: {name}{shown[0]} "
-            f"| {claim['worse']}: {name}{shown[1]} | {verdict} |"
+            f"| {other}: {name}{shown[1]} | {verdict} |"
         )
         if "note" in claim:
             notes.append(f"- {claim['text']}: {' '.join(claim['note'].split())}")

@@ -31,6 +31,7 @@ from . import ledger
 from .paper import checkout
 from .plan import Run, plan, select_rows
 
+_ATTEMPT = "##### "  # begins each start of a run in its console.txt
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -44,12 +45,17 @@ def start(run: Run, output: Path, scale: str, slot: int, jobs: int) -> None:
     if scale == "mini":
         command += ["--num-gpus", "1" if gpus else "0"]
         if gpus:
-            env["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+            visible = env.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
+            env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
         # several programs with several threads each slow each other down by more than they gain
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     command += ["--resume", *run.opts, "OUTPUT_DIR", str(run.folder)]
     run.started = time.monotonic()
-    with (run.folder / "console.txt").open("w") as console:
+    with (run.folder / "commits.txt").open("a") as commits:  # a resumed run may have several
+        commits.write(f"{commit()}\n")
+    with (run.folder / "console.txt").open("a") as console:
+        console.write(f"{_ATTEMPT}{' '.join(command)}\n")
+        console.flush()
         run.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -63,8 +69,9 @@ def start(run: Run, output: Path, scale: str, slot: int, jobs: int) -> None:
 def outcome(run: Run) -> dict[str, Any] | None:
     """What a run that has ended measured; None if it failed other than by diverging."""
     assert run.process is not None
-    console = (run.folder / "console.txt").read_text(errors="replace")
-    result: dict[str, Any] = {"rows": run.rows, "opts": run.opts, "commit": commit()}
+    console = (run.folder / "console.txt").read_text(errors="replace").split(_ATTEMPT)[-1]
+    commits = dict.fromkeys((run.folder / "commits.txt").read_text().split())
+    result: dict[str, Any] = {"rows": run.rows, "opts": run.opts, "commit": " ".join(commits)}
     series = read_metrics(run.folder / "metrics.json") if run.iteration() else {}
     # of the whole training where its log tells: this process may have resumed another's
     times = [seconds for _, seconds in series.get("time", [])]
@@ -72,7 +79,9 @@ def outcome(run: Run) -> dict[str, Any] | None:
         sum(times) / len(times) * run.max_iter if times else time.monotonic() - run.started
     )
     if "loss_cls" in series:
-        result["early_loss"] = series["loss_cls"][0][1]
+        losses = [loss for _, loss in series["loss_cls"]]
+        # a loss that blows up and stays finite shows in the largest
+        result |= {"early_loss": losses[0], "largest_loss": max(losses), "final_loss": losses[-1]}
     diverged = re.search(r"Loss became infinite or NaN at iteration=(\d+)", console)
     if diverged:
         return {**result, "diverged_at": int(diverged[1])}
@@ -136,6 +145,7 @@ def execute(
             for run in active:  # interrupted: they go on from their checkpoints next time
                 if run.process is not None:
                     run.process.terminate()
+                    run.process.wait()
     return failed
 
 

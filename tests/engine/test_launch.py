@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from detectron2.utils import comm
 
 from retina_plugin.engine import launch
 from retina_plugin.errors import ConfigError
@@ -104,3 +105,17 @@ def test_more_processes_than_gpus(monkeypatch, args):
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match=r"torchrun --nproc_per_node 8: there are 4 GPUs"):
         launch.run(print, args, 4)
+
+
+def test_detectron2_without_a_function_for_the_local_group(monkeypatch, tmp_path):
+    """v0.6 makes the group of a machine's processes inside its launch() only."""
+    monkeypatch.delattr(comm, "create_local_process_group")
+    monkeypatch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        launch._create_local_process_group(1)
+        assert comm.get_local_rank() == 0 and comm.get_local_size() == 1
+    finally:
+        torch.distributed.destroy_process_group()

@@ -128,6 +128,20 @@ def test_batches_have_positives_and_ignored_anchors(pair):
     assert len(targets.positive_class.unique()) >= 5
 
 
+def test_autocast_changes_losses_and_gradients_by_its_rounding_only(pair):
+    reset_average(pair)
+    losses, grads, _ = losses_and_gradients(pair[0], BATCHES["many gt"])
+    reset_average(pair)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed, mixed_grads, _ = losses_and_gradients(pair[0], BATCHES["many gt"])
+    for name, loss in losses.items():
+        assert mixed[name].dtype == torch.float32
+        torch.testing.assert_close(mixed[name], loss, rtol=0.03, atol=0)
+    for name in ("head.cls_score.weight", "head.bbox_pred.weight"):
+        similarity = torch.cosine_similarity(grads[name].flatten(), mixed_grads[name].flatten(), 0)
+        assert similarity > 0.98, name
+
+
 @pytest.mark.parametrize("name", ["giou", "diou", "ciou", "smooth_l1"])
 def test_every_box_loss_is_detectron2s(pair, name, monkeypatch):
     cfg = detectron2_cfg("FocalRetinaNet")

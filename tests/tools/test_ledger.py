@@ -46,6 +46,7 @@ def test_claims_that_hold_that_do_not_and_that_diverged(tmp_path, monkeypatch):
         {"text": "gone", "better": "3 CE", "worse": "5.1 pi=0.5"},
         {"text": "close", "better": "3 FL", "worse": "1b gamma=2", "within": 1},
         {"text": "calm", "better": "3 CE", "worse": "3 FL", "measure": "early_loss"},
+        {"text": "best of", "better": "3 FL", "worse": ["3 CE", "1b gamma=2", "1a alpha=0.5"]},
         {"text": "not measured", "better": "1a alpha=0.5", "worse": "3 FL"},
     ]
     text = page(tmp_path, monkeypatch, rows, claims)
@@ -55,6 +56,7 @@ def test_claims_that_hold_that_do_not_and_that_diverged(tmp_path, monkeypatch):
     assert "| gone | 3 CE: 30.0 | 5.1 pi=0.5: diverged | yes: the other diverged |" in text
     assert "| close | 3 FL: 35.0 | 1b gamma=2: 40.0 | **no**: -5.0 (within 1) |" in text
     assert "| calm | 3 CE: early loss 2.0 | 3 FL: early loss 8.0 | yes: 4x |" in text
+    assert "| best of | 3 FL: 35.0 | 1b gamma=2: 40.0 | **no**: -5.0 |" in text
     assert "not measured" not in text
 
 
