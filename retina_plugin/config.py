@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from detectron2.config import CfgNode
 
-__all__ = ["add_retina_config"]
+__all__ = ["add_retina_config", "flatten"]
 
 # key -> default. Defaults of MODEL.RETINANET are Detectron2's behaviour, so that changing only
 # META_ARCHITECTURE keeps a user's results; the paper's protocol is what configs/ sets.
@@ -71,3 +72,15 @@ def add_retina_config(cfg: CfgNode) -> CfgNode:
     if frozen:
         cfg.freeze()
     return cfg
+
+
+def flatten(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Full key ("MODEL.RETINANET.HEAD") -> value, of a config or of nested dicts."""
+    flat: dict[str, Any] = {}
+    for name, value in cfg.items():
+        flat |= (
+            flatten(value, f"{prefix}{name}.")
+            if isinstance(value, Mapping)
+            else {prefix + name: value}
+        )
+    return flat

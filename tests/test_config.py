@@ -4,6 +4,7 @@ from detectron2 import model_zoo
 from detectron2.config import get_cfg
 
 from retina_plugin import add_retina_config
+from retina_plugin.config import flatten
 
 
 def test_detectron2s_keys_and_defaults_stay():
@@ -39,3 +40,12 @@ def test_defaults_are_detectron2s_behaviour():
     chosen = retinanet.CLS_LOSS, retinanet.NORMALIZER, retinanet.LOW_QUALITY_MATCHES
     assert chosen == ("FocalLoss", "ema", "always")
     assert retinanet.P6_SOURCE == "res5" and retinanet.SAMPLER == "AllAnchors"
+
+
+def test_flatten_names_every_leaf_of_configs_and_plain_dicts():
+    assert flatten({"A": {"B": 1, "C": {"D": [2]}}, "E": None}) == {
+        "A.B": 1,
+        "A.C.D": [2],
+        "E": None,
+    }
+    assert flatten(add_retina_config(get_cfg()))["MODEL.RETINANET.OHEM.BATCH_SIZE"] == 128

@@ -17,7 +17,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
 from detectron2.utils.file_io import Detectron2Handler, PathManager
 
-from retina_plugin.config import add_retina_config
+from retina_plugin.config import add_retina_config, flatten
 from retina_plugin.data.checks import check_datasets, check_num_classes
 from retina_plugin.errors import ConfigError
 
@@ -88,17 +88,9 @@ def _explain(error: Exception, cfg: CfgNode, config_file: str) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) else error)
     text = " ".join(text.split())  # YAML's errors have several lines
     key = text.rsplit(": ", 1)[-1] if text.startswith("Non-existent") else ""
-    near = difflib.get_close_matches(key, _all_keys(cfg), n=3) if key else []
+    near = difflib.get_close_matches(key, list(flatten(cfg)), n=3) if key else []
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"{config_file} or the overrides: {text}{hint}"
-
-
-def _all_keys(cfg: CfgNode, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, value in cfg.items():
-        is_node = isinstance(value, CfgNode)
-        keys += _all_keys(value, f"{prefix}{name}.") if is_node else [prefix + name]
-    return keys
 
 
 def import_user_modules(cfg: CfgNode) -> None:

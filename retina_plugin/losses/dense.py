@@ -116,14 +116,9 @@ def anchor_losses(
         (N, R) float32 (float64 for float64 logits), summed over classes; -inf where ignored.
     """
     with torch.no_grad(), torch.autocast(logits[0].device.type, enabled=False):
-        levels = []
-        start = 0
-        for x in logits:
-            n_anchors = x[0].numel() // num_classes
-            level = _LevelTargets.select(targets, start, start + n_anchors, x, num_classes)
-            levels.append(_level_anchor_losses(x, level, loss).flatten(1))
-            start += n_anchors
-        return torch.cat(levels, dim=1)
+        levels = _LevelTargets.of_levels(targets, logits, num_classes)
+        losses = [_level_anchor_losses(x, level, loss) for x, level in zip(logits, levels)]
+        return torch.cat([losses_NHWA.flatten(1) for losses_NHWA in losses], dim=1)
 
 
 class _DenseLossFunction(torch.autograd.Function):
@@ -148,14 +143,11 @@ class _DenseLossFunction(torch.autograd.Function):
         foreground_N = x0.new_zeros(targets.num_images, dtype=sum_dtype)
         background_N = torch.zeros_like(foreground_N)
         with torch.autocast(x0.device.type, enabled=False):
-            start = 0  # first anchor of the level
-            for x, grad in zip(logits, grads):
-                n_anchors = x[0].numel() // num_classes
-                level = _LevelTargets.select(targets, start, start + n_anchors, x, num_classes)
+            levels = _LevelTargets.of_levels(targets, logits, num_classes)
+            for x, grad, level in zip(logits, grads, levels):
                 _sum_level(x, grad, level, loss, foreground_N, background_N)
-                start += n_anchors
         ctx.grads, ctx.dtypes = grads, [x.dtype for x in logits]
-        out_dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
+        out_dtype = compute_dtype(x0)
         total_N = (foreground_N + background_N).to(out_dtype)
         foreground_N, background_N = foreground_N.to(out_dtype), background_N.to(out_dtype)
         ctx.mark_non_differentiable(foreground_N, background_N)
@@ -185,6 +177,16 @@ class _LevelTargets:
     num_classes: int
     positive: Tensor  # (5, P): image, anchor of the location, class, row, column
     ignored: Tensor  # (4, M): image, anchor of the location, row, column
+
+    @classmethod
+    def of_levels(
+        cls, targets: DenseTargets, logits: Sequence[Tensor], num_classes: int
+    ) -> Iterator[_LevelTargets]:
+        start = 0  # first anchor of the level
+        for x in logits:
+            end = start + x[0].numel() // num_classes
+            yield cls.select(targets, start, end, x, num_classes)
+            start = end
 
     @classmethod
     def select(
@@ -221,7 +223,7 @@ def _sum_level(
     w_neg = _negative_weight(loss, x)
     for n, a, h in _pieces(x):
         piece = x[n, a, :, h]  # (A', K, H', W)
-        x_piece = piece.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        x_piece = piece.to(compute_dtype(x))
         pos = _inside(level.positive, n, a, h)
         ignored_a, ignored_h, ignored_w = _inside(level.ignored, n, a, h)
         at_pos = (pos[0], pos[1], pos[2], pos[3])  # anchor, class, row, column
@@ -248,7 +250,7 @@ def _level_anchor_losses(x: Tensor, level: _LevelTargets, loss: ClassificationLo
     w_neg = _negative_weight(loss, x)
     out = []
     for n, image in enumerate(x):
-        image = image.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        image = image.to(compute_dtype(x))
         value = loss.value(-image).mul_(w_neg)
         _, a, k, h, w = level.positive[:, level.positive[0] == n]
         value[a, k, h, w] = loss.value(image[a, k, h, w]).mul_(_positive_weight(loss, k))
@@ -269,6 +271,11 @@ def _positive_weight(loss: ClassificationLoss, classes: Tensor) -> float | Tenso
     """A number, or one for each of ``classes``."""
     weight = loss.positive_weight
     return weight.to(classes.device)[classes] if isinstance(weight, Tensor) else weight
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What losses of ``x`` are computed and returned in: float32, float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _pieces(x: Tensor) -> Iterator[tuple[int, slice, slice]]:

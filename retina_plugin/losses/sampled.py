@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .classification import ClassificationLoss
-from .dense import DenseLoss, DenseTargets
+from .dense import DenseLoss, DenseTargets, compute_dtype
 
 __all__ = ["sampled_classification_loss"]
 
@@ -30,7 +30,7 @@ def sampled_classification_loss(
         loss: the elementwise loss and its alpha.
     """
     image, anchor = targets.positive_image, targets.positive_anchor
-    x_SK = logits_SK.double() if logits_SK.dtype == torch.float64 else logits_SK.float()
+    x_SK = logits_SK.to(compute_dtype(logits_SK))
     # few rows: (S, P) comparisons are cheaper than any table over all anchors
     same = (sample_image[:, None] == image) & (sample_anchor[:, None] == anchor)
     row, positive = torch.where(same)

@@ -14,6 +14,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
+from retina_plugin import config
 from retina_plugin.engine import setup_cfg
 from retina_plugin.errors import ConfigError
 
@@ -98,16 +99,9 @@ _NOT_KNOBS = ("OUTPUT_DIR",)
 _WIDTH = 36  # of a value; a longer one takes several lines
 
 
-def flatten(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+def flatten(cfg: CfgNode) -> dict[str, Any]:
     """Full key -> value of every knob."""
-    knobs: dict[str, Any] = {}
-    for name, value in cfg.items():
-        key = prefix + name
-        if isinstance(value, CfgNode):
-            knobs |= flatten(value, f"{key}.")
-        elif key not in _NOT_KNOBS:
-            knobs[key] = value
-    return knobs
+    return {key: value for key, value in config.flatten(cfg).items() if key not in _NOT_KNOBS}
 
 
 def group_of(key: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
+from retina_plugin.config import flatten
 from retina_plugin.engine.setup import setup_cfg
 from retina_plugin.errors import ConfigError
 
@@ -69,7 +70,7 @@ def recipe(row: Row, scale: str) -> tuple[Path, list[str], dict[str, Any]]:
     merged = CfgNode.load_yaml_with_base(str(checkout() / _MINI))
     opts = []
     for node, values in delta.items():
-        for key, value in _flatten(values):
+        for key, value in flatten(values).items():
             opts += [f"MODEL.{node}.{key}", str(value)]
             target = merged["MODEL"].setdefault(node, {})
             *parents, leaf = key.split(".")
@@ -77,16 +78,6 @@ def recipe(row: Row, scale: str) -> tuple[Path, list[str], dict[str, Any]]:
                 target = target.setdefault(parent, {})
             target[leaf] = value
     return checkout() / _MINI, opts, merged
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            items += _flatten(value, f"{prefix}{key}.")
-        else:
-            items.append((prefix + key, value))
-    return items
 
 
 def run_key(settings: dict[str, Any], extra: Sequence[str], seed: int) -> str:
