@@ -38,6 +38,15 @@ _DEFAULTS: dict[str, Any] = {
     "MODEL.RETINANET.OHEM.BATCH_SIZE": 128,
     "MODEL.RETINANET.OHEM.NMS_THRESH": 0.5,
     "MODEL.RETINANET.OHEM.POSITIVE_FRACTION": None,
+    # What sums the classification loss over all anchors: auto (triton on CUDA, native on a CPU with
+    # a C++ compiler, else eager), or one of eager, native, triton.
+    "MODEL.RETINANET.LOSS_BACKEND": "auto",
+    # Let the loss write its gradient over the logits: saves 1x the logits of memory. Pictures of
+    # training (VIS_PERIOD) and OHEM need the logits and exclude it.
+    "MODEL.RETINANET.LOSS_IN_PLACE": False,
+    # Crowd boxes: a background anchor of which at least this share lies in one is ignored (IoF,
+    # intersection over the anchor's area). None: crowds are background, as in Detectron2.
+    "MODEL.RETINANET.IGNORE_IOF_THRESH": None,
     # What both losses are divided by (section 4.1): per_image (the paper), per_gpu (Detectron),
     # global (all-reduced), ema (Detectron2, but all-reduced and checkpointed).
     "MODEL.RETINANET.NORMALIZER": "ema",
@@ -47,8 +56,36 @@ _DEFAULTS: dict[str, Any] = {
     # P6 from C5 (res5: the paper, footnote 2) or from P5 (p5: torchvision V1). Read by the backbone
     # build_retina_fpn_backbone.
     "MODEL.RETINANET.P6_SOURCE": "res5",
+    # Speed and memory. Weights, checkpoints and results stay the same but for rounding.
+    # channels_last memory of images, weights and features: faster convolutions, above all 16 bit.
+    "MODEL.CHANNELS_LAST": False,
+    # torch.compile of backbone and head. With ACTIVATION_CHECKPOINTING norms must be frozen, or GN.
+    "MODEL.COMPILE": False,
+    # Recompute the backbone's and the head's activations in the backward pass instead of keeping
+    # them: less memory, about a quarter more time.
+    "MODEL.ACTIVATION_CHECKPOINTING": False,
+    # Pad images to a multiple of it instead of the backbone's 32, so that there are few shapes for
+    # torch.compile, cuDNN and CUDA graphs; 0: the backbone's.
+    "INPUT.PAD_DIVISOR": 0,
+    # float16 (with loss scaling, Detectron2's) or bfloat16 (needs none; the CPU has it too), where
+    # SOLVER.AMP.ENABLED.
+    "SOLVER.AMP.PRECISION": "float16",
+    # Batches whose gradients are added up for one step: IMS_PER_BATCH is the whole, each pass
+    # takes IMS_PER_BATCH / ACCUMULATE images.
+    "SOLVER.ACCUMULATE": 1,
+    # DistributedDataParallel: a graph that never changes (not with ACCUMULATE), gradients that live
+    # in the buckets, and what they are sent as (none, float16, bfloat16).
+    "SOLVER.DDP.STATIC_GRAPH": False,
+    "SOLVER.DDP.GRADIENT_AS_BUCKET_VIEW": False,
+    "SOLVER.DDP.COMPRESSION": "none",
+    # What reads and augments training images, a name in DATASET_MAPPER_REGISTRY: FastMapper, or
+    # DatasetMapper (Detectron2's).
+    "INPUT.MAPPER": "FastMapper",
+    # Precision of inference: float32, bfloat16, float16; NMS is always float32.
+    "TEST.PRECISION": "float32",
     # What computes the metrics of DATASETS.TEST, a name in EVALUATOR_REGISTRY.
-    "TEST.EVALUATOR": "COCOEvaluator",
+    # FastCOCOEvaluator, or COCOEvaluator (Detectron2's, pycocotools): the same numbers.
+    "TEST.EVALUATOR": "FastCOCOEvaluator",
     # Learning rate per image of the batch by the linear scaling rule; .01 for 16 images in the
     # paper (section 4.1). A run whose BASE_LR / IMS_PER_BATCH is far from it is warned; 0.0: never.
     "SOLVER.LR_PER_IMAGE": 0.01 / 16,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
@@ -22,6 +21,8 @@ import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+
+from retina_plugin.cache import cache_root
 
 __all__ = ["CLASSES", "SceneSpec", "compose_scene", "prepare", "register"]
 
@@ -57,11 +58,6 @@ class SceneSpec:
 
 
 SPEC = SceneSpec()
-
-
-def cache_root() -> Path:
-    """``$RETINA_PLUGIN_CACHE``, else ~/.cache/retina_plugin."""
-    return Path(os.environ.get("RETINA_PLUGIN_CACHE", "~/.cache/retina_plugin")).expanduser()
 
 
 def dataset_root(spec: SceneSpec = SPEC) -> Path:

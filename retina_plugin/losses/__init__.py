@@ -8,7 +8,13 @@ from .classification import (
     FocalLossStar,
     HingeLoss,
 )
-from .dense import DenseLoss, DenseTargets, anchor_losses, dense_classification_loss
+from .dense import (
+    DenseLoss,
+    DenseTargets,
+    anchor_losses,
+    check_backend,
+    dense_classification_loss,
+)
 from .regression import BOX_LOSS_REGISTRY, BoxLoss
 from .sampled import sampled_classification_loss
 
@@ -24,6 +30,7 @@ __all__ = [
     "FocalLossStar",
     "HingeLoss",
     "anchor_losses",
+    "check_backend",
     "dense_classification_loss",
     "sampled_classification_loss",
 ]

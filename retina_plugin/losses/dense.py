@@ -5,14 +5,18 @@ Almost every anchor is background, so with l the elementwise loss and w the alph
     sum of loss = sum over all (anchor, class) that are neither positive nor ignored of w_neg l(-x)
                 + sum over positives of w_pos l(x)
 
-is one pass over the raw head output, in pieces small enough to stay in the cache, where the few
-entries that differ are fixed up by index. No one-hot target, no mask of all anchors, no permute
-and no concatenation of levels is made. The derivative is known in closed form (Appendix B), so
-the forward pass writes the gradient and keeps nothing else: extra memory is 1x the logits.
+is one pass over the raw head output. No one-hot target, no permute and no concatenation of levels
+is made; the labels are one small integer for each anchor. The derivative is known in closed form
+(Appendix B), so the forward pass writes the gradient and keeps nothing else: extra memory is 1x the
+logits, or nothing where the gradient takes their place. The pass over a level is a backend's:
+:mod:`~retina_plugin.losses.eager`, :mod:`~retina_plugin.losses.native` or
+:mod:`~retina_plugin.losses.triton_kernels`.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,20 +25,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .classification import ClassificationLoss
+from retina_plugin.errors import ConfigError
+
+from . import eager, native, triton_kernels
+from .classification import ClassificationLoss, CrossEntropy, FocalLoss, FocalLossStar
+from .eager import compute_dtype
 
 __all__ = [
+    "BACKENDS",
     "DenseLoss",
     "DenseTargets",
     "anchor_losses",
+    "check_backend",
     "dense_classification_loss",
 ]
 
-# Elements of one piece on the CPU: small enough for its few fp32 temporaries to stay in a core's
-# cache, large enough to hide the calls' overhead (2^17 and 2^18 were the fastest of 2^14 .. 2^20).
-_PIECE = 1 << 17
-# On an accelerator pieces only bound the memory.
-_PIECE_ON_ACCELERATOR = 1 << 22
+logger = logging.getLogger("retina_plugin")
+
+_KERNELS = {"native": native, "triton": triton_kernels}
+BACKENDS = ("auto", "eager", *_KERNELS)
 
 
 @dataclass
@@ -55,7 +64,9 @@ class DenseTargets:
 
     def num_positives_N(self) -> Tensor:
         """(N,) int64: the anchors of each image that are assigned to a ground-truth box."""
-        return torch.bincount(self.positive_image, minlength=self.num_images)
+        ones = torch.ones_like(self.positive_image)
+        # not bincount, which waits for an accelerator to learn the largest index
+        return ones.new_zeros(self.num_images).index_add_(0, self.positive_image, ones)
 
 
 class DenseLoss(NamedTuple):
@@ -66,11 +77,31 @@ class DenseLoss(NamedTuple):
     background: Tensor  # detached part of the entries with label 0
 
 
+def check_backend(name: str) -> None:
+    """Whether ``MODEL.RETINANET.LOSS_BACKEND`` can be had on this machine.
+
+    Raises:
+        ConfigError: an unknown name, or a kernel that cannot run here, with the reason.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(
+            f"MODEL.RETINANET.LOSS_BACKEND: no '{name}'; known: {', '.join(BACKENDS)}"
+        )
+    if name in _KERNELS and (reason := _obstacle(name)):
+        raise ConfigError(
+            f"MODEL.RETINANET.LOSS_BACKEND {name} is not available: {reason}; set it to auto"
+        )
+
+
 def dense_classification_loss(
     logits: Sequence[Tensor],
     targets: DenseTargets,
     loss: ClassificationLoss,
     num_classes: int,
+    *,
+    backend: str = "auto",
+    expected_grad_N: Tensor | None = None,
+    in_place: bool = False,
 ) -> DenseLoss:
     """Sum ``loss`` over all anchors and classes of each image.
 
@@ -82,24 +113,33 @@ def dense_classification_loss(
         targets: labels of the batch.
         loss: the elementwise loss and its alpha.
         num_classes: K.
+        backend: "eager" (plain PyTorch), "native" (compiled for the CPU), "triton" (CUDA), or
+            "auto", the fastest that can. The kernels cover cross entropy, FL and FL*.
+        expected_grad_N: (N,) what ``total`` will be multiplied by on its way to the final loss,
+            not 0. The gradient is written with this factor, which spares a pass over it in
+            ``backward``; it is corrected where ``backward`` brings another one. None: 1.
+        in_place: write the gradient over the logits and so spare its memory. The logits are lost:
+            whatever else would need them for its own gradient gets autograd's error.
 
     Returns:
         Sums by image, float32 (float64 for float64 logits). Ignored anchors add exactly nothing.
         ``total`` can be differentiated once, and its graph used once: the gradient that the
-        forward pass wrote is scaled in place and given away.
+        forward pass wrote is given away.
 
     Raises:
-        ValueError: logits that do not fit ``num_classes`` or ``targets``.
+        ValueError: logits that do not fit ``num_classes`` or ``targets``; leaves in place.
+        ConfigError: what ``backend`` or ``in_place`` cannot do.
     """
-    for x in logits:
-        if x.dim() != 4 or x.shape[0] != targets.num_images or x.shape[1] % num_classes:
-            raise ValueError(
-                f"logits of shape {tuple(x.shape)} are not (N, A*K, H, W) with "
-                f"N={targets.num_images} and K={num_classes}"
-            )
+    _check_logits(logits, targets, num_classes)
     # inside a Function's forward the grad mode is off, whatever it was outside
     want_grad = torch.is_grad_enabled()
-    return DenseLoss(*_DenseLossFunction.apply(targets, loss, num_classes, want_grad, *logits))
+    if in_place and want_grad:
+        _check_in_place(logits)
+    scale_N = logits[0].new_ones(targets.num_images, dtype=torch.float32)
+    if expected_grad_N is not None:
+        scale_N = expected_grad_N.detach().to(compute_dtype(logits[0]))
+    call = _Call(targets, loss, num_classes, backend, want_grad, in_place)
+    return DenseLoss(*_DenseLossFunction.apply(call, scale_N, *logits))
 
 
 def anchor_losses(
@@ -115,39 +155,44 @@ def anchor_losses(
     Returns:
         (N, R) float32 (float64 for float64 logits), summed over classes; -inf where ignored.
     """
+    _check_logits(logits, targets, num_classes)
     with torch.no_grad(), torch.autocast(logits[0].device.type, enabled=False):
-        levels = _LevelTargets.of_levels(targets, logits, num_classes)
-        losses = [_level_anchor_losses(x, level, loss) for x, level in zip(logits, levels)]
-        return torch.cat([losses_NHWA.flatten(1) for losses_NHWA in losses], dim=1)
+        maps = _label_maps(targets, logits, num_classes)
+        levels = [eager.anchor_losses(x, m, loss, num_classes) for x, m in zip(logits, maps)]
+        return torch.cat(levels, dim=1)
+
+
+class _Call(NamedTuple):
+    """The arguments of :func:`dense_classification_loss` that have no gradient."""
+
+    targets: DenseTargets
+    loss: ClassificationLoss
+    num_classes: int
+    backend: str
+    want_grad: bool
+    in_place: bool
 
 
 class _DenseLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        targets: DenseTargets,
-        loss: ClassificationLoss,
-        num_classes: int,
-        want_grad: bool,
-        *logits: Tensor,
+        ctx: Any, call: _Call, scale_N: Tensor, *logits: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x0 = logits[0]
-        # float16 would lose what a loss scaler, whose factor only comes in backward, keeps alive
+        logits = tuple(x.detach() for x in logits)
         grads = [
-            torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
-            if want_grad and x.requires_grad
-            else None
-            for x in logits
+            _gradient_of(x, call.in_place) if call.want_grad and needed else None
+            for x, needed in zip(logits, ctx.needs_input_grad[2:])
         ]
-        sum_dtype = torch.float32 if x0.device.type == "mps" else torch.float64
-        foreground_N = x0.new_zeros(targets.num_images, dtype=sum_dtype)
-        background_N = torch.zeros_like(foreground_N)
-        with torch.autocast(x0.device.type, enabled=False):
-            levels = _LevelTargets.of_levels(targets, logits, num_classes)
-            for x, grad, level in zip(logits, grads, levels):
-                _sum_level(x, grad, level, loss, foreground_N, background_N)
-        ctx.grads, ctx.dtypes = grads, [x.dtype for x in logits]
-        out_dtype = compute_dtype(x0)
+        with torch.autocast(logits[0].device.type, enabled=False):
+            maps = _label_maps(call.targets, logits, call.num_classes)
+            levels = [
+                _level_sums(x, grad, labels, call, scale_N)
+                for x, grad, labels in zip(logits, grads, maps)
+            ]
+            sums_N2 = torch.stack(levels).sum(dim=0)
+        ctx.grads, ctx.dtypes, ctx.scale_N = grads, [x.dtype for x in logits], scale_N
+        background_N, foreground_N = sums_N2.unbind(dim=1)
+        out_dtype = compute_dtype(logits[0])
         total_N = (foreground_N + background_N).to(out_dtype)
         foreground_N, background_N = foreground_N.to(out_dtype), background_N.to(out_dtype)
         ctx.mark_non_differentiable(foreground_N, background_N)
@@ -162,143 +207,148 @@ class _DenseLossFunction(torch.autograd.Function):
                 "compute the loss again instead of calling backward() twice on it"
             )
         grads, ctx.grads = ctx.grads, None
-        scale = grad_N.view(-1, 1, 1, 1)
-        scaled = (
-            None if g is None else g.mul_(scale.to(g.dtype)).to(dtype)
-            for g, dtype in zip(grads, ctx.dtypes)
-        )
-        return None, None, None, None, *scaled
-
-
-@dataclass
-class _LevelTargets:
-    """Targets of one level, as coordinates of the logits viewed as (N, A, K, H, W)."""
-
-    num_classes: int
-    positive: Tensor  # (5, P): image, anchor of the location, class, row, column
-    ignored: Tensor  # (4, M): image, anchor of the location, row, column
-
-    @classmethod
-    def of_levels(
-        cls, targets: DenseTargets, logits: Sequence[Tensor], num_classes: int
-    ) -> Iterator[_LevelTargets]:
-        start = 0  # first anchor of the level
-        for x in logits:
-            end = start + x[0].numel() // num_classes
-            yield cls.select(targets, start, end, x, num_classes)
-            start = end
-
-    @classmethod
-    def select(
-        cls, targets: DenseTargets, start: int, end: int, x: Tensor, num_classes: int
-    ) -> _LevelTargets:
-        A, W = x.shape[1] // num_classes, x.shape[3]
-
-        def locate(image: Tensor, anchor: Tensor, *more: Tensor) -> Tensor:
-            here = (anchor >= start) & (anchor < end)
-            index = anchor[here] - start
-            place = index.div(A, rounding_mode="floor")
-            row, column = place.div(W, rounding_mode="floor"), place % W
-            return torch.stack([image[here], index % A, *(m[here] for m in more), row, column])
-
-        return cls(
-            num_classes,
-            locate(targets.positive_image, targets.positive_anchor, targets.positive_class),
-            locate(targets.ignored_image, targets.ignored_anchor),
+        ratio_N = grad_N / ctx.scale_N
+        for grad in grads:
+            if grad is not None:
+                _scale(grad, ratio_N)
+        return (
+            None,
+            None,
+            *(None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)),
         )
 
 
-def _sum_level(
-    x: Tensor,
-    grad: Tensor | None,
-    level: _LevelTargets,
-    loss: ClassificationLoss,
-    foreground_N: Tensor,
-    background_N: Tensor,
-) -> None:
-    """Add one level's sums to ``foreground_N`` and ``background_N`` and write its gradient."""
-    x = x.detach().unflatten(1, (-1, level.num_classes))  # (N, A, K, H, W), a view
-    if grad is not None:
-        grad = grad.unflatten(1, (-1, level.num_classes))
-    w_neg = _negative_weight(loss, x)
-    for n, a, h in _pieces(x):
-        piece = x[n, a, :, h]  # (A', K, H', W)
-        x_piece = piece.to(compute_dtype(x))
-        pos = _inside(level.positive, n, a, h)
-        ignored_a, ignored_h, ignored_w = _inside(level.ignored, n, a, h)
-        at_pos = (pos[0], pos[1], pos[2], pos[3])  # anchor, class, row, column
-        x_pos = x_piece[at_pos]
-        w_pos = _positive_weight(loss, pos[1])
-        if grad is None:
-            value, value_pos = loss.value(-x_piece), loss.value(x_pos)
+def _check_logits(logits: Sequence[Tensor], targets: DenseTargets, num_classes: int) -> None:
+    for x in logits:
+        if x.dim() != 4 or x.shape[0] != targets.num_images or x.shape[1] % num_classes:
+            raise ValueError(
+                f"logits of shape {tuple(x.shape)} are not (N, A*K, H, W) with "
+                f"N={targets.num_images} and K={num_classes}"
+            )
+    if num_classes > torch.iinfo(torch.int16).max:
+        raise ValueError(f"{num_classes} classes: labels are 16 bit, so at most 32767")
+
+
+def _check_in_place(logits: Sequence[Tensor]) -> None:
+    if any(x.dtype == torch.float16 for x in logits):
+        raise ConfigError(
+            "MODEL.RETINANET.LOSS_IN_PLACE: float16 cannot hold the gradient before it is scaled: "
+            "set SOLVER.AMP.PRECISION bfloat16"
+        )
+    if any(x.requires_grad and x.is_leaf for x in logits):
+        raise ValueError("in_place: logits that are leaves would become their own gradient")
+
+
+def _gradient_of(x: Tensor, in_place: bool) -> Tensor:
+    if in_place:
+        torch.autograd.graph.increment_version(x)  # kernels write behind autograd's back
+        return x
+    # float16 would lose what a loss scaler, whose factor only comes in backward, keeps alive
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _label_maps(
+    targets: DenseTargets, logits: Sequence[Tensor], num_classes: int
+) -> Iterator[Tensor]:
+    """Per level int16 (N, A, H, W): a positive's class, -1 background, ``eager.IGNORED``.
+
+    In memory as the level's logits without their classes, for the kernels.
+    """
+    counts = [x[0].numel() // num_classes for x in logits]
+    device = logits[0].device
+    labels_NR = torch.full((targets.num_images, sum(counts)), -1, dtype=torch.int16, device=device)
+    labels_NR[targets.ignored_image, targets.ignored_anchor] = eager.IGNORED
+    labels_NR[targets.positive_image, targets.positive_anchor] = targets.positive_class.short()
+    for x, labels in zip(logits, labels_NR.split(counts, dim=1)):
+        N, _, H, W = x.shape
+        labels_NAHW = labels.view(N, H, W, -1).permute(0, 3, 1, 2)
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        yield labels_NAHW.contiguous(memory_format=layout)
+
+
+def _level_sums(
+    x: Tensor, grad: Tensor | None, labels: Tensor, call: _Call, scale_N: Tensor
+) -> Tensor:
+    """(N, 2) background and foreground sums of a level, by the backend that is to do it."""
+    name = _choose(x, call)
+    if name == "eager":
+        return eager.dense_sums(x, grad, labels, call.loss, call.num_classes, scale_N)
+    weights_2K = _weights(call.loss, call.num_classes, x.device)
+    return _KERNELS[name].dense_sums(x, grad, labels, call.loss, weights_2K, scale_N)
+
+
+def _choose(x: Tensor, call: _Call) -> str:
+    if call.backend == "auto":
+        for name, kernel in _KERNELS.items():
+            if kernel.supports(x, call.loss) and not _missing(name):
+                return name
+        return "eager"
+    check_backend(call.backend)
+    if call.backend in _KERNELS and not _KERNELS[call.backend].supports(x, call.loss):
+        raise ConfigError(
+            f"MODEL.RETINANET.LOSS_BACKEND {call.backend} cannot do {call.loss} of {x.dtype} "
+            f"logits on {x.device.type}: set it to auto"
+        )
+    return call.backend
+
+
+@functools.cache
+def _missing(name: str) -> bool:
+    """Whether a kernel cannot be had here; the log says so once."""
+    reason = _obstacle(name)
+    if reason:
+        logger.warning("No %s kernel for the loss, so it is slower: %s", name, reason)
+    return reason is not None
+
+
+@functools.cache
+def _obstacle(name: str) -> str | None:
+    """Why a kernel cannot be used here; None where it can and computes what "eager" does.
+
+    Compilers and drivers differ more than tests can cover: a few entries are computed before a
+    training depends on it.
+    """
+    kernel = _KERNELS[name]
+    if reason := kernel.unavailable():
+        return reason
+    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+    N, A, K, H, W = 2, 3, 5, 7, 11
+    x = torch.linspace(-30, 30, N * A * K * H * W, device=device).view(N, A * K, H, W)
+    labels = (torch.arange(N * A * H * W, device=device) % 29 - 20).clamp(-2, K - 1)
+    labels = torch.where(labels == -2, -1, labels).short().view(N, A, H, W)
+    labels[:, :, ::3, ::4] = eager.IGNORED
+    scale_N = torch.tensor([1.0, 0.25], device=device)
+    for loss in (FocalLoss(0.25, 2.0), FocalLoss(0.25, 0.5), CrossEntropy(), FocalLossStar()):
+        grad, expected_grad = torch.empty_like(x), torch.empty_like(x)
+        try:
+            sums = kernel.dense_sums(x, grad, labels, loss, _weights(loss, K, x.device), scale_N)
+        except Exception as error:  # whatever a compiler or a driver raises
+            return f"it fails on this machine: {' '.join(str(error).split())[:300]}"
+        expected = eager.dense_sums(x, expected_grad, labels, loss, K, scale_N)
+        near = torch.allclose(grad, expected_grad, rtol=1e-4, atol=1e-12)
+        if not near or not torch.allclose(sums, expected, rtol=1e-5, atol=0):
+            return f"its result for {loss} is wrong on this machine"
+    return None
+
+
+def _weights(loss: ClassificationLoss, num_classes: int, device: torch.device) -> Tensor:
+    """(2, K) float32: alpha_t by class of an entry with label 0, and with label 1."""
+    weights_2K = torch.empty(2, num_classes, device=device)
+    for row, weight in zip(weights_2K, (loss.negative_weight, loss.positive_weight)):
+        if isinstance(weight, Tensor):
+            row.copy_(weight)
         else:
-            value, derivative = loss.value_and_derivative(-x_piece)  # background: x_t = -x
-            value_pos, derivative_pos = loss.value_and_derivative(x_pos)
-            derivative = derivative.mul_(-w_neg)  # dx_t/dx = -1
-            derivative[ignored_a, :, ignored_h, ignored_w] = 0
-            derivative[at_pos] = derivative_pos.mul_(w_pos)
-            grad[n, a, :, h] = derivative
-        value[ignored_a, :, ignored_h, ignored_w] = 0
-        value[at_pos] = 0
-        background_N[n] += value.mul_(w_neg).sum(dtype=background_N.dtype)
-        foreground_N[n] += value_pos.mul_(w_pos).sum(dtype=foreground_N.dtype)
+            row.fill_(weight)
+    return weights_2K
 
 
-def _level_anchor_losses(x: Tensor, level: _LevelTargets, loss: ClassificationLoss) -> Tensor:
-    """(N, H, W, A) losses of one level, an image at a time."""
-    x = x.unflatten(1, (-1, level.num_classes))  # (N, A, K, H, W)
-    w_neg = _negative_weight(loss, x)
-    out = []
-    for n, image in enumerate(x):
-        image = image.to(compute_dtype(x))
-        value = loss.value(-image).mul_(w_neg)
-        _, a, k, h, w = level.positive[:, level.positive[0] == n]
-        value[a, k, h, w] = loss.value(image[a, k, h, w]).mul_(_positive_weight(loss, k))
-        value_AHW = value.sum(dim=1)
-        _, a, h, w = level.ignored[:, level.ignored[0] == n]
-        value_AHW[a, h, w] = -torch.inf
-        out.append(value_AHW.permute(1, 2, 0))
-    return torch.stack(out)
-
-
-def _negative_weight(loss: ClassificationLoss, x: Tensor) -> float | Tensor:
-    """A number, or (K, 1, 1) to go with (..., K, H, W)."""
-    weight = loss.negative_weight
-    return weight.to(x.device).view(-1, 1, 1) if isinstance(weight, Tensor) else weight
-
-
-def _positive_weight(loss: ClassificationLoss, classes: Tensor) -> float | Tensor:
-    """A number, or one for each of ``classes``."""
-    weight = loss.positive_weight
-    return weight.to(classes.device)[classes] if isinstance(weight, Tensor) else weight
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What losses of ``x`` are computed and returned in: float32, float64 for float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _pieces(x: Tensor) -> Iterator[tuple[int, slice, slice]]:
-    """(image, anchors, rows) of (N, A, K, H, W) logits, each piece dense in memory or nearly so."""
-    N, A, K, H, W = x.shape
-    size = _PIECE if x.device.type == "cpu" else _PIECE_ON_ACCELERATOR
-    if x.stride(2) < x.stride(4):  # channels_last: a row holds all anchors
-        a_step, h_step = A, max(1, size // (A * K * W))
+def _scale(grad: Tensor, ratio_N: Tensor) -> None:
+    """Multiply each image's gradient in place, where there is something to do."""
+    if grad.device.type == "cpu":
+        if bool((ratio_N != 1).any()):
+            grad.mul_(ratio_N.to(grad.dtype).view(-1, 1, 1, 1))
+    elif grad.is_cuda and not _missing("triton"):
+        triton_kernels.scale_in_place(grad, ratio_N)  # decides on the device
     else:
-        a_step = max(1, size // (K * H * W))
-        h_step = H if a_step > 1 else max(1, size // (K * W))
-    for n in range(N):
-        for a in range(0, A, a_step):
-            for h in range(0, H, h_step):
-                yield n, slice(a, min(a + a_step, A)), slice(h, min(h + h_step, H))
-
-
-def _inside(at: Tensor, n: int, a: slice, h: slice) -> Tensor:
-    """The columns of (image, anchor, ..., row, column) coordinates that lie in a piece,
-    relative to its corner and without the image."""
-    inside = (at[0] == n) & (at[1] >= a.start) & (at[1] < a.stop)
-    inside &= (at[-2] >= h.start) & (at[-2] < h.stop)
-    at = at[1:, inside]
-    at[0] -= a.start
-    at[-2] -= h.start
-    return at
+        grad.mul_(ratio_N.to(grad.dtype).view(-1, 1, 1, 1))

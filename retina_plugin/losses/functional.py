@@ -76,7 +76,7 @@ def focal_value_and_derivative(x_t: Tensor, gamma: float) -> tuple[Tensor, Tenso
     modulating = _power(q, gamma)
     # gamma p_t log(p_t) + p_t - 1 = -(gamma p_t ce + q): both terms >= 0, nothing cancels.
     # p_t is computed by itself: as 1 - q it would have lost its digits where ce is large.
-    derivative = x_t.sigmoid().mul_(ce).mul_(-gamma).sub_(q).mul_(modulating)
+    derivative = torch.addcmul(q, x_t.sigmoid(), ce, value=gamma).mul_(modulating).neg_()
     return ce.mul_(modulating), derivative
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .classification import ClassificationLoss
-from .dense import DenseLoss, DenseTargets, compute_dtype
+from .dense import DenseLoss, DenseTargets
+from .eager import compute_dtype
 
 __all__ = ["sampled_classification_loss"]
 

@@ -1,0 +1,316 @@
+// The dense classification loss of one image and level in one pass: sums and gradient.
+//
+// Compiled by native.py for the machine it runs on. No intrinsics: the loops are written so that a
+// compiler vectorises them (the arithmetic is branch-free, the polynomials are our own), which
+// keeps one source for every processor. Symbols are those of functional.py.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace {
+
+enum Kind { kCrossEntropy = 0, kFocal1 = 1, kFocal2 = 2, kFocal = 3, kFocalStar = 4 };
+
+struct Loss {
+  float gamma, beta;
+};
+
+struct Terms {
+  float value, derivative;  // l and dl/dz at logit z with label 0, that is x_t = -z
+};
+
+inline float select(bool condition, float a, float b) { return condition ? a : b; }
+
+inline float from_bits(int32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+inline int32_t to_bits(float f) {
+  int32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  return bits;
+}
+
+// exp(y + low) for y <= 0 and a correction |low| << 1; 1e-38 where it would be less.
+// exp(y) = 2^n exp(r), |r| <= ln(2) / 2: minimax of degree 6, relative error 7e-8.
+inline float exp_negative(float y, float low) {
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float bounded = select(y < -87.0f, -87.0f, y);  // NaN stays
+  const float n = (bounded * 1.44269504f + shift) - shift;
+  float r = std::fma(n, -0.693145752f, bounded);  // ln 2 in two parts, the first with few digits
+  r = std::fma(n, -1.42860677e-6f, r) + low;
+  float p = 0.001383683760650456f;
+  p = std::fma(p, r, 0.008374815806746483f);
+  p = std::fma(p, r, 0.04166822507977486f);
+  p = std::fma(p, r, 0.16666419804096222f);
+  p = std::fma(p, r, 0.49999991059303284f);
+  p = std::fma(p, r, 1.0f);
+  p = std::fma(p, r, 1.0f);
+  return p * from_bits((static_cast<int32_t>(n) + 127) << 23);
+}
+
+// log(1 + e) for e in [0, 1]: e times a minimax of degree 9, relative error 1.4e-7.
+inline float log1p_unit(float e) {
+  float p = -0.003243928076699376f;
+  p = std::fma(p, e, 0.019851025193929672f);
+  p = std::fma(p, e, -0.05695871263742447f);
+  p = std::fma(p, e, 0.10603571683168411f);
+  p = std::fma(p, e, -0.15305542945861816f);
+  p = std::fma(p, e, 0.19675922393798828f);
+  p = std::fma(p, e, -0.2495412975549698f);
+  p = std::fma(p, e, 0.3332996070384979f);
+  p = std::fma(p, e, -0.4999990165233612f);
+  p = std::fma(p, e, 1.0f);
+  return p * e;
+}
+
+template <Kind kind>
+inline Terms terms(float x, const Loss& loss) {
+  float z = x, z_low = 0.0f;
+  if (kind == kFocalStar) {  // gamma x - beta and what its rounding lost
+    z = std::fma(loss.gamma, x, -loss.beta);
+    z_low = std::fma(loss.gamma, x, -(z + loss.beta));
+  }
+  const float a = std::fabs(z);
+  const float e = exp_negative(-a, select(z < 0, z_low, -z_low));
+  const float r = 1.0f / (1.0f + e);
+  const float p = select(z < 0, e * r, r);  // sigmoid(z) = 1 - p_t
+  const float log1p_e = log1p_unit(e);
+  const float softplus = select(z < 0, 0.0f, z) + log1p_e;  // -log p_t
+  if (kind == kCrossEntropy) return {softplus, p};
+  if (kind == kFocalStar) return {softplus / loss.gamma, p};
+  const float p_t = select(z < 0, r, e * r);
+  float modulating;  // (1 - p_t)^gamma
+  if (kind == kFocal1) {
+    modulating = p;
+  } else if (kind == kFocal2) {
+    modulating = p * p;
+  } else {  // exp(gamma log p), log p = min(z, 0) - log1p(e); the product in two parts
+    const float negative = select(z < 0, z, 0.0f);
+    const float high = loss.gamma * negative;
+    const float low = std::fma(loss.gamma, negative, -high) - loss.gamma * log1p_e;
+    // where low is not small, high is: the sum loses nothing then
+    const float sum = high + low;
+    modulating = exp_negative(sum, low - (sum - high));
+  }
+  return {modulating * softplus, modulating * std::fma(loss.gamma * p_t, softplus, p)};
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float load(const float* x) { return *x; }
+inline float load(const BFloat16* x) { return from_bits(static_cast<int32_t>(x->bits) << 16); }
+inline void store(float* out, float value) { *out = value; }
+inline void store(BFloat16* out, float value) {  // to nearest, ties to even; NaN stays NaN
+  const int32_t bits = to_bits(value);
+  const int32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  out->bits = static_cast<uint16_t>((value == value ? rounded : (bits | 0x400000)) >> 16);
+}
+
+constexpr int16_t kIgnored = -2;
+constexpr int64_t kBlock = 1024;  // entries whose labels are spread out at a time, in the L1 cache
+
+struct Sums {
+  double background = 0.0, foreground = 0.0;
+};
+
+struct Job {
+  const void* x;
+  void* grad;
+  const int16_t* labels;
+  const float *weight_neg, *weight_pos;  // (K,)
+  int64_t anchors, classes, places;      // A, K, H * W
+  bool channels_last;
+  Loss loss;
+  float scale;
+};
+
+// What the entries of a block are: sign is -1 where the label is 1 (l(z) is taken at z = sign x,
+// because x_t = -z), weight is alpha_t, 0 where ignored.
+struct Block {
+  std::vector<float> sign, weight;
+
+  explicit Block(int64_t size) : sign(size, 1.0f), weight(size) {}
+};
+
+// Entries that are background. Terms are float and so are the sums of a block, which is short.
+template <Kind kind, bool want_grad, class T>
+void run_background(const T* x, T* grad, int64_t count, const float* weight, const Loss& loss,
+                    float scale, Sums& sums) {
+  float background = 0.0f;
+#pragma omp simd reduction(+ : background)
+  for (int64_t j = 0; j < count; ++j) {
+    const Terms t = terms<kind>(load(x + j), loss);
+    background += weight[j] * t.value;
+    if (want_grad) store(grad + j, weight[j] * scale * t.derivative);
+  }
+  sums.background += background;
+}
+
+// Any entries.
+template <Kind kind, bool want_grad, class T>
+void run(const T* x, T* grad, int64_t count, const Block& block, const Loss& loss, float scale,
+         Sums& sums) {
+  const float *sign = block.sign.data(), *weight = block.weight.data();
+  float background = 0.0f, foreground = 0.0f;
+#pragma omp simd reduction(+ : background, foreground)
+  for (int64_t j = 0; j < count; ++j) {
+    const Terms t = terms<kind>(sign[j] * load(x + j), loss);
+    // selected, not multiplied: an ignored logit may be infinite or NaN
+    const float value = select(weight[j] == 0, 0.0f, weight[j] * t.value);
+    background += select(sign[j] < 0, 0.0f, value);
+    foreground += select(sign[j] < 0, value, 0.0f);
+    if (want_grad) {
+      const float factor = sign[j] * weight[j] * scale;
+      store(grad + j, select(weight[j] == 0, 0.0f, factor * t.derivative));
+    }
+  }
+  sums.background += background;
+  sums.foreground += foreground;
+}
+
+bool all_background(const int16_t* labels, int64_t count) {
+  int16_t all = -1;
+  for (int64_t j = 0; j < count; ++j) all &= labels[j] == -1 ? -1 : 0;
+  return all == -1;
+}
+
+// (anchor, class) planes of NCHW logits.
+template <Kind kind, bool want_grad, class T>
+void work_planes(const Job& job, int64_t begin, int64_t end, Sums& sums) {
+  Block block(kBlock);
+  float *sign = block.sign.data(), *weight = block.weight.data();
+  std::vector<char> background((job.places + kBlock - 1) / kBlock);
+  for (int64_t plane = begin; plane < end; ++plane) {
+    const int32_t k = static_cast<int32_t>(plane % job.classes);
+    const int16_t* labels = job.labels + plane / job.classes * job.places;
+    const float negative = job.weight_neg[k], positive = job.weight_pos[k];
+    if (plane == begin || k == 0) {  // another anchor
+      for (size_t i = 0; i < background.size(); ++i) {
+        const int64_t start = static_cast<int64_t>(i) * kBlock;
+        background[i] = all_background(labels + start, std::min(kBlock, job.places - start));
+      }
+    }
+    bool plain = false;  // whether the block's weights are those of background
+    for (int64_t start = 0; start < job.places; start += kBlock) {
+      const int64_t count = std::min(kBlock, job.places - start);
+      const T* x = static_cast<const T*>(job.x) + plane * job.places + start;
+      T* grad = static_cast<T*>(job.grad) + plane * job.places + start;
+      if (background[start / kBlock]) {
+        if (!plain) std::fill_n(weight, kBlock, negative);
+        plain = true;
+        run_background<kind, want_grad>(x, grad, count, weight, job.loss, job.scale, sums);
+        continue;
+      }
+      plain = false;
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) {
+        const int32_t label = labels[start + j];
+        sign[j] = select(label == k, -1.0f, 1.0f);
+        weight[j] = select(label == kIgnored, 0.0f, select(label == k, positive, negative));
+      }
+      run<kind, want_grad>(x, grad, count, block, job.loss, job.scale, sums);
+    }
+  }
+}
+
+// Anchors of NHWC logits.
+template <Kind kind, bool want_grad, class T>
+void work_anchors(const Job& job, int64_t begin, int64_t end, Sums& sums) {
+  const int64_t step = std::max<int64_t>(1, kBlock / job.classes);
+  Block block(step * job.classes);
+  bool plain = false;
+  for (int64_t start = begin; start < end; start += step) {
+    const int64_t count = std::min(step, end - start);
+    const T* x = static_cast<const T*>(job.x) + start * job.classes;
+    T* grad = static_cast<T*>(job.grad) + start * job.classes;
+    if (!plain) {
+      std::fill(block.sign.begin(), block.sign.end(), 1.0f);
+      for (int64_t i = 0; i < step; ++i) {
+        std::copy_n(job.weight_neg, job.classes, block.weight.data() + i * job.classes);
+      }
+    }
+    plain = all_background(job.labels + start, count);
+    if (plain) {
+      run_background<kind, want_grad>(x, grad, count * job.classes, block.weight.data(), job.loss,
+                                      job.scale, sums);
+      continue;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int16_t label = job.labels[start + i];
+      float* weight = block.weight.data() + i * job.classes;
+      if (label == kIgnored) std::fill_n(weight, job.classes, 0.0f);
+      if (label >= 0) {
+        weight[label] = job.weight_pos[label];
+        block.sign[i * job.classes + label] = -1.0f;
+      }
+    }
+    run<kind, want_grad>(x, grad, count * job.classes, block, job.loss, job.scale, sums);
+  }
+}
+
+template <Kind kind, bool want_grad, class T>
+void work(const Job& job, int64_t begin, int64_t end, Sums& sums) {
+  if (job.channels_last) {
+    work_anchors<kind, want_grad, T>(job, begin, end, sums);
+  } else {
+    work_planes<kind, want_grad, T>(job, begin, end, sums);
+  }
+}
+
+template <Kind kind>
+void dispatch(const Job& job, bool bfloat16, int64_t begin, int64_t end, Sums& sums) {
+  if (bfloat16) {
+    job.grad ? work<kind, true, BFloat16>(job, begin, end, sums)
+             : work<kind, false, BFloat16>(job, begin, end, sums);
+  } else {
+    job.grad ? work<kind, true, float>(job, begin, end, sums)
+             : work<kind, false, float>(job, begin, end, sums);
+  }
+}
+
+void dispatch(int kind, const Job& job, bool bfloat16, int64_t begin, int64_t end, Sums& sums) {
+  switch (kind) {
+    case kCrossEntropy: return dispatch<kCrossEntropy>(job, bfloat16, begin, end, sums);
+    case kFocal1: return dispatch<kFocal1>(job, bfloat16, begin, end, sums);
+    case kFocal2: return dispatch<kFocal2>(job, bfloat16, begin, end, sums);
+    case kFocal: return dispatch<kFocal>(job, bfloat16, begin, end, sums);
+    default: return dispatch<kFocalStar>(job, bfloat16, begin, end, sums);
+  }
+}
+
+}  // namespace
+
+// One image of one level. labels: (A, H * W), or (H * W, A) with channels_last; a class, -1 for
+// background, -2 for ignored. grad may be x or null. sums gets background and foreground.
+extern "C" void retina_dense_loss(const void* x, void* grad, const int16_t* labels,
+                                  const float* weight_neg, const float* weight_pos,
+                                  int64_t anchors, int64_t classes, int64_t places,
+                                  int32_t channels_last, int32_t bfloat16, int32_t kind,
+                                  float gamma, float beta, float scale, int32_t threads,
+                                  double* sums) {
+  const Job job{x,       grad,   labels,           weight_neg,    weight_pos, anchors,
+                classes, places, channels_last != 0, {gamma, beta}, scale};
+  const int64_t units = channels_last ? places * anchors : anchors * classes;
+  std::vector<Sums> parts(threads);
+  std::vector<std::thread> pool;
+  for (int32_t t = 1; t < threads; ++t) {
+    pool.emplace_back([&, t] {
+      dispatch(kind, job, bfloat16 != 0, units * t / threads, units * (t + 1) / threads, parts[t]);
+    });
+  }
+  dispatch(kind, job, bfloat16 != 0, 0, units / threads, parts[0]);
+  for (auto& thread : pool) thread.join();
+  for (const Sums& part : parts) {  // in order: the same sum every time
+    sums[0] += part.background;
+    sums[1] += part.foreground;
+  }
+}

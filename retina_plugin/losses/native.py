@@ -1,0 +1,175 @@
+"""The dense loss's kernel for CPUs: ``native.cpp``, compiled at first use and kept.
+
+A plain C function called through ctypes: it needs a C++ compiler and nothing else, builds in two
+seconds and works with every version of torch (an extension of torch's own loader would need ninja,
+the headers of Python and of that torch, and half a minute).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from retina_plugin.cache import cache_root
+
+from .classification import ClassificationLoss, CrossEntropy, FocalLoss, FocalLossStar
+
+__all__ = ["dense_sums", "kernel_arguments", "supports", "unavailable"]
+
+logger = logging.getLogger("retina_plugin")
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_FLAGS = (
+    "-std=c++17 -O3 -shared -fPIC -pthread -fopenmp-simd -fno-math-errno -fno-trapping-math"
+).split()
+# for the processor at hand, in gcc's spelling, then in that of compilers that do not know it
+_TUNING: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
+
+_KINDS = {"cross_entropy": 0, "focal_1": 1, "focal_2": 2, "focal": 3, "focal_star": 4}
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def supports(x: Tensor, loss: ClassificationLoss) -> bool:
+    """Whether :func:`dense_sums` can take these logits and this loss."""
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    known = type(loss) in (CrossEntropy, FocalLoss, FocalLossStar)  # not what users derive
+    return x.device.type == "cpu" and x.dtype in _DTYPES and dense and known
+
+
+def unavailable() -> str | None:
+    """Why there is no kernel on this machine; None where there is one. Compiles it if need be."""
+    try:
+        _library()
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def kernel_arguments(loss: ClassificationLoss) -> tuple[str, float, float]:
+    """(kind, gamma, beta) by which the kernels know a loss."""
+    if isinstance(loss, FocalLossStar):
+        return "focal_star", loss.gamma, loss.beta
+    gamma = loss.gamma if isinstance(loss, FocalLoss) else 0.0
+    # a product for the settings in use is cheaper than a power
+    kinds = {0.0: "cross_entropy", 1.0: "focal_1", 2.0: "focal_2"}
+    return kinds.get(gamma, "focal"), gamma, 0.0
+
+
+def dense_sums(
+    x: Tensor,
+    grad: Tensor | None,
+    labels: Tensor,
+    loss: ClassificationLoss,
+    weights_2K: Tensor,
+    scale_N: Tensor,
+) -> Tensor:
+    """Sum a loss over one level and write its gradient.
+
+    Args:
+        x: (N, A*K, H, W) logits that :func:`supports` accepts.
+        grad: where the gradient goes, times ``scale_N``; strides and dtype of ``x``, or ``x``
+            itself, or None.
+        labels: int16 (N, A, H, W), in memory (N, H, W, A) if ``x`` is channels_last: the class of
+            a positive anchor, -1 for background, -2 for ignored.
+        loss: what :func:`supports` accepts.
+        weights_2K: (2, K) float32, alpha_t of the labels 0 and 1 by class.
+        scale_N: (N,) float32.
+
+    Returns:
+        (N, 2) float64: background and foreground sum of each image, not scaled.
+    """
+    A, K = labels.shape[1], weights_2K.shape[1]
+    places = x.shape[2] * x.shape[3]
+    kind, gamma, beta = kernel_arguments(loss)
+    # a level of one column or row is both; then either order of the entries is right for its labels
+    channels_last = not x.is_contiguous()
+    sums = torch.zeros(len(x), 2, dtype=torch.float64)
+    weights_2K = weights_2K.contiguous()
+    kernel = _library().retina_dense_loss
+    for n, scale in enumerate(scale_N.tolist()):
+        kernel(
+            x[n].data_ptr(),
+            None if grad is None else grad[n].data_ptr(),
+            labels[n].data_ptr(),
+            weights_2K[0].data_ptr(),
+            weights_2K[1].data_ptr(),
+            A,
+            K,
+            places,
+            channels_last,
+            x.dtype == torch.bfloat16,
+            _KINDS[kind],
+            gamma,
+            beta,
+            scale,
+            torch.get_num_threads(),
+            sums[n].data_ptr(),
+        )
+    return sums
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """The compiled source.
+
+    Raises:
+        RuntimeError: no compiler, or one that fails.
+        OSError: a cache that cannot be written, or a library that cannot be loaded.
+    """
+    compiler = next(filter(None, map(shutil.which, [os.environ.get("CXX", "c++"), "g++"])), None)
+    if compiler is None:
+        raise RuntimeError("no C++ compiler (c++ or g++ on PATH, or the variable CXX)")
+    library = ctypes.CDLL(str(_build(compiler)))
+    pointer, int64, int32, float32 = (
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int32,
+        ctypes.c_float,
+    )
+    function = library.retina_dense_loss
+    function.restype = None
+    function.argtypes = [pointer] * 5 + [int64] * 3 + [int32] * 3 + [float32] * 3 + [int32, pointer]
+    return library
+
+
+def _build(compiler: str) -> Path:
+    key = hashlib.sha256(_SOURCE.read_bytes())
+    # a cache may be shared by machines: code for one's processor may not run on another's
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    key.update("\n".join([compiler, version, *_FLAGS, _processor()]).encode())
+    path = cache_root() / f"native-{key.hexdigest()[:16]}.so"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("Compiling %s with %s", _SOURCE.name, compiler)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        for tuning in _TUNING:
+            command = [compiler, *_FLAGS, *tuning, str(_SOURCE), "-o", str(built)]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode == 0:
+                os.replace(built, path)  # at once: another process may be loading it
+                return path
+    first = next((line for line in result.stderr.splitlines() if "error" in line), "no message")
+    raise RuntimeError(f"{compiler} cannot compile {_SOURCE.name}: {first}")
+
+
+def _processor() -> str:
+    """What tells processors with different instruction sets apart."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return f"{platform.machine()} {platform.processor()}"
+    # x86 and ARM name the set differently
+    return next((x for x in lines if x.lower().startswith(("flags", "features"))), "")
