@@ -22,6 +22,7 @@ from retina_plugin.losses import (
     DenseLoss,
     DenseTargets,
     anchor_losses,
+    check_backend,
     dense_classification_loss,
     sampled_classification_loss,
 )
@@ -35,6 +36,8 @@ from .sampling import ANCHOR_SAMPLER_REGISTRY
 from .shapes import gather_anchors
 
 __all__ = ["FocalRetinaNet"]
+
+_LOG_PERIOD = 20  # of Detectron2's writers
 
 
 @META_ARCH_REGISTRY.register()
@@ -57,6 +60,7 @@ class FocalRetinaNet(DenseDetector):
         inference: dense predictions -> detections.
         box2box_transform: encodes boxes as deltas and back.
         num_classes: K.
+        loss_backend, loss_in_place: see ``dense_classification_loss``.
         vis_period: every so many iterations ground truth and predictions go to the event storage
             as a picture; 0 never.
         input_format: channel order of the images, for the picture ("BGR" or "RGB").
@@ -81,6 +85,8 @@ class FocalRetinaNet(DenseDetector):
         num_classes: int,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        loss_backend: str = "auto",
+        loss_in_place: bool = False,
         vis_period: int = 0,
         input_format: str = "BGR",
     ) -> None:
@@ -96,6 +102,8 @@ class FocalRetinaNet(DenseDetector):
         self.inference = inference
         self.box2box_transform = box2box_transform
         self.num_classes = num_classes
+        check_backend(loss_backend)
+        self.loss_backend, self.loss_in_place = loss_backend, loss_in_place
         self.vis_period = vis_period
         self.input_format = input_format
 
@@ -114,7 +122,7 @@ class FocalRetinaNet(DenseDetector):
             "head": RETINANET_HEAD_REGISTRY.build(cfg, head_shapes),
             "head_in_features": retinanet.IN_FEATURES,
             "anchor_generator": build_anchor_generator(cfg, head_shapes),
-            "labeler": AnchorLabeler(matcher, retinanet.NUM_CLASSES),
+            "labeler": AnchorLabeler(matcher, retinanet.NUM_CLASSES, retinanet.IGNORE_IOF_THRESH),
             "sampler": ANCHOR_SAMPLER_REGISTRY.build(cfg),
             "cls_loss": CLS_LOSS_REGISTRY.build(cfg),
             "box_loss": BOX_LOSS_REGISTRY.build(cfg),
@@ -131,6 +139,8 @@ class FocalRetinaNet(DenseDetector):
             "num_classes": retinanet.NUM_CLASSES,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "loss_backend": retinanet.LOSS_BACKEND,
+            "loss_in_place": retinanet.LOSS_IN_PLACE,
             "vis_period": cfg.VIS_PERIOD,
             "input_format": cfg.INPUT.FORMAT,
         }
@@ -150,10 +160,12 @@ class FocalRetinaNet(DenseDetector):
         logits, deltas = predictions
         level_anchors = self.anchor_generator(features)
         anchors_R4 = Boxes.cat(level_anchors).tensor
+        gt_instances, crowds = _split_crowds(gt_instances)
         targets = self.labeler(
             anchors_R4,
             [x.gt_boxes.tensor for x in gt_instances],
             [x.gt_classes for x in gt_instances],
+            crowds,
         )
         divisor_N = self.normalizer(targets.num_positives_N())
         cls_sums, cls_divisor_N = self._cls_loss_sums(
@@ -197,7 +209,15 @@ class FocalRetinaNet(DenseDetector):
 
         sample = self.sampler(targets, score_anchors, predict_boxes)
         if sample is None:
-            sums = dense_classification_loss(logits, targets, self.cls_loss, self.num_classes)
+            sums = dense_classification_loss(
+                logits,
+                targets,
+                self.cls_loss,
+                self.num_classes,
+                backend=self.loss_backend,
+                expected_grad_N=1 / divisor_N,
+                in_place=self.loss_in_place,
+            )
             return sums, divisor_N
         logits_SK = gather_anchors(logits, sample.image, sample.anchor, self.num_classes)
         sums = sampled_classification_loss(
@@ -244,6 +264,9 @@ class FocalRetinaNet(DenseDetector):
     ) -> None:
         """Scalars for TensorBoard. ``num_pos_anchors`` (mean over images) is Detectron2's name."""
         storage = get_event_storage()
+        # each number waits for the accelerator: as often as Detectron2's trainer writes them
+        if anchors[0].device.type != "cpu" and (storage.iter + 1) % _LOG_PERIOD:
+            return
         num_images = targets.num_images
         ends = torch.tensor([len(a) for a in anchors]).cumsum(0).to(targets.positive_anchor)
         level_P = torch.bucketize(targets.positive_anchor, ends, right=True)
@@ -259,3 +282,13 @@ class FocalRetinaNet(DenseDetector):
                 "retinanet/normalizer": divisor_N.mean().item(),
             }
         )
+
+
+def _split_crowds(
+    gt_instances: list[Instances],
+) -> tuple[list[Instances], list[Tensor] | None]:
+    """Objects, and the boxes of crowds where the dataset mapper has kept them (``gt_ignore``)."""
+    if not all(x.has("gt_ignore") for x in gt_instances):
+        return gt_instances, None
+    objects = [x[~x.gt_ignore] for x in gt_instances]
+    return objects, [x.gt_boxes.tensor[x.gt_ignore] for x in gt_instances]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.layers import batched_nms  # class-wise NMS in fp32, also without compiled parts
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
-
-from .shapes import permute_to_NRD
 
 __all__ = ["DenseInference"]
 
@@ -18,7 +18,10 @@ __all__ = ["DenseInference"]
 class DenseInference:
     """Score threshold and top-k by level, decoding, then NMS by class over all levels.
 
-    Results equal those of Detectron2's ``RetinaNet`` with the same settings, order included.
+    Detections equal those of Detectron2's ``RetinaNet`` with the same settings, order included (of
+    equal scores the first anchor comes first, where Detectron2's order is torch's ``topk``). But
+    the raw logits are compared with the threshold's logit, so that nothing is permuted and nothing
+    but the candidates gets a sigmoid.
 
     Args:
         num_classes: K.
@@ -42,6 +45,7 @@ class DenseInference:
         self.num_classes = num_classes
         self.box2box_transform = box2box_transform
         self.score_thresh = score_thresh
+        self._logit_thresh = _logit_below(score_thresh)
         self.topk_candidates = topk_candidates
         self.nms_thresh = nms_thresh
         self.max_detections = max_detections
@@ -65,13 +69,11 @@ class DenseInference:
             N Instances with pred_boxes (XYXY pixels of the network's input, not clipped),
             scores (probabilities, decreasing) and pred_classes.
         """
-        logits_NRK = [permute_to_NRD(x, self.num_classes) for x in logits]
-        deltas_NR4 = [permute_to_NRD(x, 4) for x in deltas]
         return [
             self._detect(
                 [a.tensor for a in anchors],
-                [x[n] for x in logits_NRK],
-                [x[n] for x in deltas_NR4],
+                [x[n] for x in logits],
+                [x[n] for x in deltas],
                 image_size,
             )
             for n, image_size in enumerate(image_sizes)
@@ -95,13 +97,66 @@ class DenseInference:
         )
 
     def _candidates(
-        self, anchors_R4: Tensor, logits_RK: Tensor, deltas_R4: Tensor
+        self, anchors_R4: Tensor, logits: Tensor, deltas: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, scores and classes of one level that are worth an NMS."""
-        scores_RK = logits_RK.sigmoid()
-        anchor, class_ = torch.where(scores_RK > self.score_thresh)
-        scores = scores_RK[anchor, class_]
-        scores, best = scores.topk(min(len(scores), self.topk_candidates))
-        anchor, class_ = anchor[best], class_[best]
-        boxes = self.box2box_transform.apply_deltas(deltas_R4[anchor], anchors_R4[anchor])
-        return boxes, scores, class_
+        """Boxes, scores and classes of one level that are worth an NMS.
+
+        Args:
+            logits, deltas: (A*K, H, W) and (A*4, H, W).
+        """
+        channel, row, column = _highest(logits, self._logit_thresh, self.topk_candidates)
+        # in float32 whatever the head's precision is, as the NMS
+        scores = _sigmoid(logits[channel, row, column].float())
+        A, W, K = len(logits) // self.num_classes, logits.shape[2], self.num_classes
+        place = row * W + column
+        entry = (place * A + channel // K) * K + channel % K  # in the order of the anchors
+        # exact where the logit's threshold was only near
+        enough = scores > self.score_thresh
+        if len(scores) > self.topk_candidates:
+            enough &= scores >= scores.topk(self.topk_candidates).values[-1]
+        scores, entry = scores[enough], entry[enough]
+        # best first, among equals the first anchor: two sorts of a short list
+        order = entry.argsort()
+        order = order[scores[order].argsort(descending=True, stable=True)]
+        order = order[: self.topk_candidates]
+        anchor, class_ = entry[order] // K, entry[order] % K
+        place, a = anchor // A, anchor % A
+        deltas_S4 = deltas.unflatten(0, (A, 4))[a, :, place // W, place % W]
+        boxes = self.box2box_transform.apply_deltas(deltas_S4, anchors_R4[anchor])
+        return boxes, scores[order], class_
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """The same for an entry wherever it stands: torch's vectors and the rest that fills none
+    differ in the last bit, so the rest is filled up."""
+    return F.pad(x, (0, -len(x) % 64)).sigmoid()[: len(x)]
+
+
+def _logit_below(score: float) -> float:
+    """A logit whose score is surely not above ``score``, but nearly: no candidate is lost to the
+    rounding of either."""
+    if score <= 0:
+        return -math.inf
+    if score >= 1:
+        return math.inf
+    x = math.log(score / (1 - score))
+    return x - 1e-3 - 1e-5 * abs(x)
+
+
+def _highest(logits: Tensor, threshold: float, k: int) -> tuple[Tensor, ...]:
+    """Coordinates of the entries of (C, H, W) logits above a threshold, in any order; those whose
+    score is below that of the k-th highest may be missing.
+
+    The lines' maxima are looked at first: reading is most of the work, few lines have any entry
+    above, and the k-th highest maximum is a lower bound of the k-th highest entry.
+    """
+    dim = 2 if logits.stride(2) == 1 else 0  # along memory
+    lines = logits.movedim(dim, 2)
+    highest = lines.amax(dim=2)
+    if highest.numel() > k:
+        kth = highest.flatten().topk(k).values[-1].float().sigmoid().item()
+        threshold = max(threshold, _logit_below(kth * (1 - 1e-6)))  # with all that score the same
+    first, second = torch.where(highest > threshold)
+    line, third = torch.where(lines[first, second] > threshold)
+    first, second = first[line], second[line]
+    return (first, second, third) if dim == 2 else (third, first, second)

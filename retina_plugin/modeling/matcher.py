@@ -1,12 +1,15 @@
 """Exact anchor matching in bounded memory.
 
 Detectron2 builds the whole G x R matrix of IoUs and several copies of it (gigabytes for crowded
-images); here a few ground-truth boxes at a time meet all anchors, with the same result to the bit.
+images). Here a piece of the anchors meets the boxes that can touch it, with the same result to
+the bit: a box outside the piece's bounding box has IoU 0 with each of its anchors. Comparisons
+write floats, 0 or 1: on the CPU PyTorch vectorises them then, while comparisons to bool, ``max``
+with indices and masked fills cost it 5 to 30 times as much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,8 +21,16 @@ __all__ = ["LOW_QUALITY_MATCHES", "AnchorMatcher", "Matches"]
 
 LOW_QUALITY_MATCHES = ("always", "above_background", "never")
 
-# IoUs computed at a time: bounds the temporaries to a few times 4 MB.
-_CHUNK = 1 << 20
+# IoUs computed at a time on the CPU: their three temporaries stay in or near a core's cache.
+_IOUS = 1 << 18
+# Anchors of a piece at least and at most: short pieces miss more boxes, long ones take fewer calls.
+_SHORTEST, _LONGEST = 1 << 12, 1 << 16
+# On an accelerator boxes meet all anchors, as choosing boxes would stall it; this only bounds the
+# memory, to four temporaries of 32 MB.
+_IOUS_ON_ACCELERATOR = 1 << 23
+
+# More boxes than an image has; whole numbers up to it are exact in float32.
+_MANY = 1 << 24
 
 
 class Matches(NamedTuple):
@@ -35,8 +46,8 @@ class AnchorMatcher:
     Args:
         thresholds: increasing IoUs that split [0, 1]; the paper's are (.4, .5).
         labels: one more than thresholds, the label of each interval (0 background, -1 ignored,
-            1 positive); an IoU at a threshold belongs to the interval above. The paper's are
-            (0, -1, 1).
+            1 positive); an IoU at a threshold belongs to the interval above. The first is that of
+            anchors that no box touches, so not 1. The paper's are (0, -1, 1).
         low_quality: which anchors with the highest IoU of some box become positive although
             that IoU is low. "always" (Detectron2); "above_background" (Detectron: only where the
             anchor's own best IoU is not below the first threshold); "never".
@@ -44,7 +55,7 @@ class AnchorMatcher:
 
     Raises:
         ConfigError: thresholds not increasing or positive, labels of another number or value,
-            an unknown ``low_quality``.
+            a positive first label, an unknown ``low_quality``.
     """
 
     def __init__(
@@ -58,6 +69,11 @@ class AnchorMatcher:
                 f"IOU_LABELS must be {len(thresholds) + 1} of -1, 0, 1 "
                 f"for IOU_THRESHOLDS {thresholds}, got {labels}"
             )
+        if labels[0] == 1:
+            raise ConfigError(
+                f"IOU_LABELS: the first is that of anchors that no box touches, so it can't be 1 "
+                f"(positive), got {labels}"
+            )
         if low_quality not in LOW_QUALITY_MATCHES:
             raise ConfigError(
                 f"LOW_QUALITY_MATCHES: no '{low_quality}'; known: {', '.join(LOW_QUALITY_MATCHES)}"
@@ -66,45 +82,156 @@ class AnchorMatcher:
 
     @torch.no_grad()
     def __call__(self, gt_boxes_G4: Tensor, anchors_R4: Tensor) -> Matches:
-        """Match one image's boxes, XYXY in pixels, G may be 0.
+        """Match one image's boxes, XYXY in pixels, float32 or float64; G and R may be 0.
+
+        Any finite anchors and any boxes; a box that is not finite, is turned inside out or has no
+        area touches no anchor. On an accelerator nothing waits for the device.
 
         Returns:
             The same labels and indices as Detectron2's ``Matcher`` on ``pairwise_iou``, but for
             boxes that no anchor touches.
         """
-        R = len(anchors_R4)
-        # IoU 0 with the first box is what an untouched anchor has
-        best_iou_R = anchors_R4.new_zeros(R)
-        best_gt_R = torch.zeros(R, dtype=torch.int64, device=anchors_R4.device)
-        promoted_R = torch.zeros(R, dtype=torch.bool, device=anchors_R4.device)
-        columns = anchors_R4.unbind(dim=1)
-        area_R = (columns[2] - columns[0]) * (columns[3] - columns[1])
-        step = max(1, _CHUNK // max(R, 1))
-        for first, gt in zip(range(0, len(gt_boxes_G4), step), gt_boxes_G4.split(step)):
-            iou_gR = _pairwise_iou(gt, columns, area_R)
-            iou_R, index_R = iou_gR.max(dim=0)
-            better = iou_R > best_iou_R  # strictly: among equals the first box stays
-            best_gt_R = torch.where(better, index_R + first, best_gt_R)
-            best_iou_R = torch.where(better, iou_R, best_iou_R)
-            if self.low_quality != "never" and R:
-                highest_g1 = iou_gR.amax(dim=1, keepdim=True)
-                promoted_R |= ((iou_gR == highest_g1) & (highest_g1 > 0)).any(dim=0)
-        interval_R = torch.bucketize(
-            best_iou_R, best_iou_R.new_tensor(self.thresholds), right=True
-        )  # right: thresholds[i-1] <= IoU < thresholds[i]
-        label_R = torch.tensor(self.labels, dtype=torch.int8, device=interval_R.device)[interval_R]
+        gt = _Boxes.of(gt_boxes_G4)
+        anchors = _Anchors.of(anchors_R4, gt)
+        if len(gt_boxes_G4) and len(anchors_R4):
+            match = _match_touching if anchors_R4.device.type == "cpu" else _match_all
+            match(gt, anchors, promote=self.low_quality != "never")
+        return Matches(anchors.gt_R.long(), self._label(anchors.iou_R, anchors.promoted_R))
+
+    def _label(self, iou_R: Tensor, promoted_R: Tensor) -> Tensor:
+        label_R = torch.full_like(iou_R, self.labels[0])
+        at_least_R = torch.empty_like(label_R)  # 1 or 0
+        for threshold, below, above in zip(self.thresholds, self.labels, self.labels[1:]):
+            torch.ge(iou_R, threshold, out=at_least_R)
+            label_R.add_(at_least_R, alpha=above - below)
         if self.low_quality == "above_background":
-            promoted_R &= best_iou_R >= self.thresholds[0]
-        label_R[promoted_R] = 1
-        return Matches(best_gt_R, label_R)
+            promoted_R = promoted_R.mul_(torch.ge(iou_R, self.thresholds[0], out=at_least_R))
+        # makes 1 of -1, 0 and 1
+        return label_R.add_(promoted_R, alpha=2).clamp_(max=1).to(torch.int8)
 
 
-def _pairwise_iou(gt_g4: Tensor, columns: Sequence[Tensor], area_R: Tensor) -> Tensor:
-    """(g, R) IoU, in the operations and the order of ``detectron2.structures.pairwise_iou``."""
-    x1, y1, x2, y2 = (c[:, None] for c in gt_g4.unbind(dim=1))
-    width = (torch.min(x2, columns[2]) - torch.max(x1, columns[0])).clamp_(min=0)
-    height = (torch.min(y2, columns[3]) - torch.max(y1, columns[1])).clamp_(min=0)
-    intersection = width.mul_(height)
-    union = (x2 - x1) * (y2 - y1) + area_R - intersection
-    # boxes without area may have union 0: their IoU is 0, not NaN
-    return torch.where(intersection > 0, intersection / union, 0.0)
+class _Boxes(NamedTuple):
+    """G ground-truth boxes."""
+
+    corners_G4: Tensor
+    area_G: Tensor  # infinite where a box has none, which makes its IoUs 0 instead of NaN
+    index_G: Tensor  # 0 .. G - 1, minus _MANY: below 0, and least for the first box
+
+    @classmethod
+    def of(cls, corners_G4: Tensor) -> _Boxes:
+        x1, y1, x2, y2 = corners_G4.unbind(dim=1)
+        area_G = (x2 - x1) * (y2 - y1)
+        touchable_G = (x2 > x1) & (y2 > y1) & (area_G > 0)  # False for NaN
+        return cls(
+            corners_G4.masked_fill(~touchable_G[:, None], 0),
+            area_G.masked_fill(~touchable_G, torch.inf),
+            torch.arange(len(area_G), dtype=area_G.dtype, device=area_G.device) - _MANY,
+        )
+
+    def take(self, index: Tensor) -> _Boxes:
+        return _Boxes(*(x[index] for x in self))
+
+    def split(self, size: int) -> Iterator[_Boxes]:
+        return map(_Boxes, *(x.split(size) for x in self))
+
+
+class _Anchors(NamedTuple):
+    """Some anchors, and what is known of them so far: floats, which are updated in place."""
+
+    corners_4R: Tensor
+    area_R: Tensor
+    iou_R: Tensor  # the highest
+    gt_R: Tensor  # index of the box that has it, 0 if that is 0
+    promoted_R: Tensor  # 1 where the anchor has the highest IoU of some box, else 0
+
+    @classmethod
+    def of(cls, corners_R4: Tensor, gt: _Boxes) -> _Anchors:
+        # each coordinate contiguous; ``t().contiguous()`` takes the CPU 4 times as long
+        corners_4R = torch.stack(corners_R4.unbind(dim=1))
+        x1, y1, x2, y2 = corners_4R
+        # anchors turned inside out have no area either
+        area_R = (x2 - x1).mul_(y2 - y1).clamp_(min=0)
+        dtype = torch.promote_types(corners_4R.dtype, gt.area_G.dtype)
+        return cls(corners_4R, area_R, *area_R.new_zeros((3, len(area_R)), dtype=dtype))
+
+    def split(self, size: int) -> list[_Anchors]:
+        return [_Anchors(*parts) for parts in zip(*(x.split(size, dim=-1) for x in self))]
+
+    def iou(self, gt: _Boxes) -> Tensor:
+        """(g, R) IoU, or a number below 0 instead of 0.
+
+        The operations that a positive IoU depends on, and their order, are those of
+        ``detectron2.structures.pairwise_iou``; no union is 0, so that it needs no others.
+        """
+        x1, y1, x2, y2 = (c[:, None] for c in gt.corners_G4.unbind(dim=1))
+        ax1, ay1, ax2, ay2 = self.corners_4R
+        # one of an intersection's two sides may be negative, not both
+        width = torch.min(x2, ax2).sub_(torch.max(x1, ax1)).clamp_(min=0)
+        height = torch.min(y2, ay2).sub_(torch.max(y1, ay1))
+        intersection = width.mul_(height)
+        union = torch.add(gt.area_G[:, None], self.area_R, out=height).sub_(intersection)
+        return intersection.div_(union)
+
+    def update(self, iou_gR: Tensor, gt: _Boxes) -> None:
+        """See some more boxes, which come after those seen. Overwrites ``iou_gR``."""
+        if len(iou_gR) == 1:
+            iou_R, index_R = iou_gR[0], gt.index_G
+        else:
+            iou_R = iou_gR.amax(dim=0)
+            index_R = iou_gR.eq_(iou_R).mul_(gt.index_G[:, None]).amin(dim=0)
+        # strictly: among equals the first box stays
+        better_R = torch.gt(iou_R, self.iou_R, out=torch.empty_like(iou_R))
+        self.gt_R.lerp_(index_R + _MANY, better_R)
+        torch.max(self.iou_R, iou_R, out=self.iou_R)
+
+    def promote(self, iou_gR: Tensor, highest_g1: Tensor) -> None:
+        """Mark the anchors that have the highest IoU of a box, unless that is 0."""
+        at_highest_gR = torch.eq(iou_gR, highest_g1, out=torch.empty_like(iou_gR))
+        at_highest_gR.mul_(highest_g1 > 0)
+        torch.max(self.promoted_R, at_highest_gR.amax(dim=0), out=self.promoted_R)
+
+
+def _match_all(gt: _Boxes, anchors: _Anchors, promote: bool) -> None:
+    """Some boxes at a time with all anchors; nothing waits for the device."""
+    for some in gt.split(max(1, _IOUS_ON_ACCELERATOR // len(anchors.area_R))):
+        iou_gR = anchors.iou(some)
+        if promote:
+            anchors.promote(iou_gR, iou_gR.amax(dim=1, keepdim=True))
+        anchors.update(iou_gR, some)
+
+
+def _match_touching(gt: _Boxes, anchors: _Anchors, promote: bool) -> None:
+    """A piece of the anchors at a time with the boxes that touch its bounding box."""
+    length = min(max(_IOUS // len(gt.area_G), _SHORTEST), _LONGEST)
+    step = max(1, _IOUS // length)
+    pieces = anchors.split(length)
+    touching_BG = _touching(gt, pieces)
+    highest_BG = torch.zeros_like(touching_BG, dtype=anchors.iou_R.dtype)
+    for b, index in _rows(touching_BG, step):
+        some = gt.take(index)
+        iou_gR = pieces[b].iou(some)
+        if promote:
+            highest_BG[b, index] = iou_gR.amax(dim=1)
+        pieces[b].update(iou_gR, some)
+    if promote:
+        # only now the highest IoU of a box is known: see again the few pieces that have it
+        highest_G = highest_BG.amax(dim=0)
+        for b, index in _rows((highest_BG == highest_G) & (highest_G > 0), step):
+            pieces[b].promote(pieces[b].iou(gt.take(index)), highest_G[index, None])
+
+
+def _touching(gt: _Boxes, pieces: Sequence[_Anchors]) -> Tensor:
+    """(B, G) bool: the box overlaps the bounding box of the piece."""
+    low_B2 = torch.stack([piece.corners_4R[:2].amin(dim=1) for piece in pieces])
+    high_B2 = torch.stack([piece.corners_4R[2:].amax(dim=1) for piece in pieces])
+    below_BG2 = gt.corners_G4[:, :2] < high_B2[:, None]
+    above_BG2 = gt.corners_G4[:, 2:] > low_B2[:, None]
+    return (below_BG2 & above_BG2).all(dim=2)
+
+
+def _rows(chosen_BG: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:
+    """Each row with the indices of its columns that are chosen, ``step`` at a time, in order."""
+    _, column = chosen_BG.nonzero(as_tuple=True)
+    for row, columns in enumerate(column.split(chosen_BG.sum(dim=1).tolist())):
+        if len(columns):
+            yield from ((row, some) for some in columns.split(step))

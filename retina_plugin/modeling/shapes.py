@@ -1,4 +1,4 @@
-"""The axes, named once, and the permutes between the head's layout and the anchors' order.
+"""The axes, named once, and the way from the anchors' order to the head's layout.
 
     N  images of the batch
     L  pyramid levels; Hi, Wi the size of level i
@@ -18,13 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["gather_anchors", "permute_to_NRD"]
-
-
-def permute_to_NRD(x: Tensor, depth: int) -> Tensor:
-    """(N, A*D, H, W) -> (N, H*W*A, D): the head's output in the order of the anchors."""
-    x = x.unflatten(1, (-1, depth))  # (N, A, D, H, W)
-    return x.permute(0, 3, 4, 1, 2).flatten(1, 3)
+__all__ = ["gather_anchors"]
 
 
 def gather_anchors(levels: Sequence[Tensor], image: Tensor, anchor: Tensor, depth: int) -> Tensor:
@@ -36,18 +30,19 @@ def gather_anchors(levels: Sequence[Tensor], image: Tensor, anchor: Tensor, dept
         depth: D, the outputs of one anchor.
 
     Returns:
-        (P, D), differentiable, level by level: rows come back in the order of ``anchor``.
+        (P, D), differentiable; rows come in the order of ``anchor``.
     """
     rows = levels[0].new_zeros(len(anchor), depth)
     start = 0
     for x in levels:
         x = x.unflatten(1, (-1, depth))  # (N, A, D, H, W)
-        A, W = x.shape[1], x.shape[4]
-        end = start + x[0].numel() // depth
-        (here,) = torch.where((anchor >= start) & (anchor < end))
-        index = anchor[here] - start
+        A, H, W = x.shape[1], x.shape[3], x.shape[4]
+        index = anchor - start
+        here = (index >= 0) & (index < H * W * A)
+        # looked up at 0 where it is of another level: to select would wait for an accelerator
+        index = torch.where(here, index, 0)
         place = index.div(A, rounding_mode="floor")
         row = place.div(W, rounding_mode="floor")
-        rows = rows.index_put((here,), x[image[here], index % A, :, row, place % W])
-        start = end
+        rows = torch.where(here[:, None], x[image, index % A, :, row, place % W], rows)
+        start += H * W * A
     return rows

@@ -3,18 +3,13 @@
 import torch
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 
-from retina_plugin.modeling.shapes import gather_anchors, permute_to_NRD
+from retina_plugin.modeling.shapes import gather_anchors
 
 LEVELS = [torch.randn(2, 3 * 4, 5, 7), torch.randn(2, 3 * 4, 2, 3)]
 
 
-def test_permute_is_detectron2s():
-    for x in LEVELS:
-        assert torch.equal(permute_to_NRD(x, 4), permute_to_N_HWA_K(x, 4))
-
-
 def test_gather_is_indexing_after_permute_and_concatenate():
-    flat = torch.cat([permute_to_NRD(x, 4) for x in LEVELS], dim=1)
+    flat = torch.cat([permute_to_N_HWA_K(x, 4) for x in LEVELS], dim=1)
     image = torch.randint(2, (50,))
     anchor = torch.randint(flat.shape[1], (50,))
     assert torch.equal(gather_anchors(LEVELS, image, anchor, 4), flat[image, anchor])

@@ -1,0 +1,110 @@
+"""Candidates, order and edges of inference, against Detectron2's RetinaNet without its network."""
+
+import pytest
+import torch
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.structures import ImageList
+
+from retina_plugin.modeling.inference import DenseInference
+
+K, A, SIZE = 8, 4, (96, 160)
+# entries of a level are multiples of 64: of what remains beside torch's vectors, Detectron2's
+# sigmoid of all entries and ours of the candidates could differ in the last bit
+LEVELS = [(12, 20), (6, 10), (4, 8)]
+TRANSFORM = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def anchors():
+    generator = DefaultAnchorGenerator(
+        sizes=[[16], [32], [64]], aspect_ratios=[[0.5, 0.8, 1.25, 2.0]], strides=[8, 16, 32]
+    )
+    return generator([torch.empty(1, 1, h, w) for h, w in LEVELS])
+
+
+def head_output(mean, num_images=2, dtype=torch.float32, channels_last=False):
+    torch.manual_seed(0)
+    logits = [torch.randn(num_images, A * K, h, w) * 2 + mean for h, w in LEVELS]
+    deltas = [torch.randn(num_images, A * 4, h, w) * 0.2 for h, w in LEVELS]
+    if channels_last:
+        logits, deltas = (
+            [x.contiguous(memory_format=torch.channels_last) for x in levels]
+            for levels in (logits, deltas)
+        )
+    return [x.to(dtype) for x in logits], [x.to(dtype) for x in deltas]
+
+
+def detectron2(anchors, logits, deltas, **settings):
+    model = RetinaNet.__new__(RetinaNet)
+    torch.nn.Module.__init__(model)
+    model.num_classes, model.box2box_transform = K, TRANSFORM
+    model.test_score_thresh = settings.get("score_thresh", 0.05)
+    model.test_topk_candidates = settings.get("topk_candidates", 1000)
+    model.test_nms_thresh, model.max_detections_per_image = 0.5, 100
+    model.anchor_generator = lambda features: anchors
+    images = ImageList(torch.zeros(len(logits[0]), 3, *SIZE), [SIZE] * len(logits[0]))
+    return model.forward_inference(images, [], [[x.clone() for x in logits], deltas])
+
+
+def ours(anchors, logits, deltas, **settings):
+    inference = DenseInference(num_classes=K, box2box_transform=TRANSFORM, **settings)
+    return inference(anchors, logits, deltas, [SIZE] * len(logits[0]))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("topk", [1, 40, 1000])  # fewer and more than lines of memory, and entries
+@pytest.mark.parametrize("score_thresh", [0.0, 0.05, 0.5, 0.999])
+@pytest.mark.parametrize("mean", [-6.0, -1.0])
+def test_detections_are_detectron2s_to_the_bit(anchors, mean, score_thresh, topk, channels_last):
+    """Whatever share of the entries is above the threshold."""
+    output = head_output(mean, channels_last=channels_last)
+    settings = {"score_thresh": score_thresh, "topk_candidates": topk}
+    for got, expected in zip(
+        ours(anchors, *output, **settings), detectron2(anchors, *output, **settings)
+    ):
+        assert torch.equal(got.scores, expected.scores)
+        assert torch.equal(got.pred_classes, expected.pred_classes)
+        assert torch.equal(got.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+def test_nothing_above_the_threshold(anchors):
+    """No detections, with the fields and shapes of some."""
+    (got, _) = ours(anchors, *head_output(-40.0))
+    assert len(got) == 0 and got.pred_boxes.tensor.shape == (0, 4)
+    assert got.scores.dtype == torch.float32 and got.pred_classes.dtype == torch.int64
+
+
+def test_of_equal_scores_the_first_anchor_counts(anchors):
+    """Scores that saturate at 1 are equal though their logits are not."""
+    logits, deltas = head_output(-9.0, num_images=1)
+    flat = logits[0].view(A, K, *LEVELS[0])
+    # (anchor of the location, class, row, column), from the last to the first in anchor order
+    places = [(1, 3, 11, 2), (2, 0, 5, 19), (0, 6, 5, 19), (0, 2, 0, 0)]
+    for height, place in zip((20.0, 30.0, 40.0, 50.0), places):
+        flat[place] = height
+    deltas = [torch.zeros_like(x) for x in deltas]
+    for topk in (2, 4):
+        (got,) = ours(anchors, logits, deltas, topk_candidates=topk, score_thresh=0.9)
+        assert got.scores.tolist() == [1.0] * topk
+        assert got.pred_classes.tolist() == [2, 6, 0, 3][:topk]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_output_is_scored_and_suppressed_in_float32(anchors, dtype):
+    """As if the head's numbers had been converted first."""
+    logits, deltas = head_output(-3.0, dtype=dtype)
+    as_float = ours(anchors, [x.float() for x in logits], [x.float() for x in deltas])
+    for got, expected in zip(ours(anchors, logits, deltas), as_float):
+        assert got.scores.dtype == got.pred_boxes.tensor.dtype == torch.float32
+        assert torch.equal(got.scores, expected.scores)
+        assert torch.equal(got.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+def test_head_output_is_not_modified(anchors):
+    """What a caller looks at afterwards is what the head gave."""
+    logits, deltas = head_output(-1.0)
+    before = [x.clone() for x in logits + deltas]
+    ours(anchors, logits, deltas)
+    assert all(torch.equal(x, y) for x, y in zip(logits + deltas, before))
