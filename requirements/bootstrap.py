@@ -199,7 +199,7 @@ def set_up(venv: Path, wanted: str) -> None:
         "pip failed, its words are above: check the network, the package index that pip is set "
         "to use and the disk space, then run `make setup` again"
     )
-    run([*pip, "--editable", ".[demo,dev]"], advice)
+    run([*pip, "--editable", ".[demo,fast,dev]"], advice)
     mend_opencv(venv, pip, advice)
     if own:
         say(f"keeping {own}")

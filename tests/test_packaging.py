@@ -151,7 +151,7 @@ def test_new_requirements_rebuild(bootstrap, venv, commands):
     assert [re.search("venv|editable|detectron2", c).group() for c in commands] == [
         *("venv", "venv", "detectron2")
     ]
-    assert "--editable .[demo,dev]" in commands[1]
+    assert "--editable .[demo,fast,dev]" in commands[1]
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 
 from retina_plugin.engine import Trainer
 from retina_plugin.errors import ConfigError
-from retina_plugin.evaluation import EVALUATOR_REGISTRY, COCOEvaluator
+from retina_plugin.evaluation import EVALUATOR_REGISTRY, COCOEvaluator, FastCOCOEvaluator, coco
 
 NAME = "test_evaluator_boxes"
 CATEGORIES = [3, 7, 90]  # not contiguous, as COCO's
@@ -44,15 +44,15 @@ def ground_truth():
 @pytest.fixture(params=[True])
 def dataset(request, tmp_path):
     """The registered name of the boxes; parametrize with False for a set without annotations."""
-    coco = {
+    contents = {
         "images": [
             {"id": i, "file_name": f"{i}.png", "height": SIZE, "width": SIZE} for i in range(1, 9)
         ],
         "categories": [{"id": c, "name": f"class {c}"} for c in CATEGORIES],
     }
     if request.param:
-        coco["annotations"] = ground_truth()
-    (tmp_path / "set.json").write_text(json.dumps(coco))
+        contents["annotations"] = ground_truth()
+    (tmp_path / "set.json").write_text(json.dumps(contents))
     register_coco_instances(NAME, {}, str(tmp_path / "set.json"), str(tmp_path))
     DatasetCatalog.get(NAME)  # fills the metadata, as building a loader does
     yield NAME
@@ -78,14 +78,24 @@ def detections(annotations, scores, shift=0.0, class_shift=0):
     return inputs, outputs
 
 
-def evaluate(dataset, out, inputs, outputs):
-    evaluator = COCOEvaluator(dataset_name=dataset, tasks=("bbox",), output_dir=str(out))
-    evaluator.reset()
-    evaluator.process(inputs, outputs)
-    return evaluator.evaluate()
+@pytest.fixture(params=["COCOEvaluator", "FastCOCOEvaluator", "FastCOCOEvaluator, nothing fast"])
+def evaluate(request, monkeypatch):
+    """evaluate(dataset, folder, inputs, outputs) -> results, by each evaluator."""
+    if request.param.endswith("nothing fast"):
+        monkeypatch.setattr(coco, "hotcoco", None)
+        monkeypatch.setattr(coco, "orjson", None)
+    cls = EVALUATOR_REGISTRY.get(request.param.partition(",")[0])
+
+    def run(dataset, out, inputs, outputs):
+        evaluator = cls(**cls.from_config(None, dataset, str(out)))
+        evaluator.reset()
+        evaluator.process(inputs, outputs)
+        return evaluator.evaluate()
+
+    return run
 
 
-def test_perfect_detections_have_ap_100(dataset, tmp_path):
+def test_perfect_detections_have_ap_100(dataset, tmp_path, evaluate):
     """Over all thresholds, sizes and classes."""
     annotations = ground_truth()
     results = evaluate(dataset, tmp_path, *detections(annotations, [0.9] * len(annotations)))
@@ -93,22 +103,22 @@ def test_perfect_detections_have_ap_100(dataset, tmp_path):
     assert results["bbox"] == pytest.approx(expected, abs=1e-9)
 
 
-def test_wrong_classes_have_ap_0(dataset, tmp_path):
+def test_wrong_classes_have_ap_0(dataset, tmp_path, evaluate):
     """Perfect boxes of the next class count nothing."""
     annotations = ground_truth()
     found = detections(annotations, [0.9] * len(annotations), class_shift=1)
     assert evaluate(dataset, tmp_path, *found)["bbox"]["AP"] == 0.0
 
 
-def test_numbers_are_those_of_pycocotools(dataset, tmp_path):
+def test_numbers_are_those_of_pycocotools(dataset, tmp_path, evaluate):
     """Run directly on the file that was written, it gives the same six numbers."""
     rng = np.random.default_rng(0)
     kept = [a for a in ground_truth() if rng.random() < 0.8]  # misses
     noisy = kept + [{**a, "category_id": 3} for a in kept[::3]]  # doubles, false alarms
     noisy = [{**a, "bbox": [v + rng.normal(0, 3) for v in a["bbox"]]} for a in noisy]
     results = evaluate(dataset, tmp_path, *detections(noisy, rng.random(len(noisy)).tolist()))
-    coco = COCO(str(tmp_path / "set.json"))
-    direct = COCOeval(coco, coco.loadRes(str(tmp_path / "coco_instances_results.json")), "bbox")
+    truth = COCO(str(tmp_path / "set.json"))
+    direct = COCOeval(truth, truth.loadRes(str(tmp_path / "coco_instances_results.json")), "bbox")
     direct.evaluate()
     direct.accumulate()
     direct.summarize()
@@ -118,7 +128,7 @@ def test_numbers_are_those_of_pycocotools(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("dataset", [False], indirect=True)
-def test_without_annotations_the_file_is_the_result(dataset, tmp_path):
+def test_without_annotations_the_file_is_the_result(dataset, tmp_path, evaluate):
     """As on test-dev: what is to be submitted is written, with COCO's category ids and XYWH."""
     annotations = ground_truth()
     scores = [0.01 * (i + 1) for i in range(len(annotations))]
@@ -133,7 +143,7 @@ def test_without_annotations_the_file_is_the_result(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("dataset", [True, False], indirect=True)
-def test_no_detections_at_all(dataset, tmp_path):
+def test_no_detections_at_all(dataset, tmp_path, evaluate):
     """An untrained model: an empty file, no exception, and no AP that could be taken for one."""
     results = evaluate(dataset, tmp_path, *detections([], []))
     assert json.loads((tmp_path / "coco_instances_results.json").read_text()) == []
@@ -151,6 +161,9 @@ def test_the_trainer_takes_the_evaluator_that_is_named(tiny_cfg):
         def from_config(cls, cfg, dataset_name, output_dir):
             return {"dataset_name": dataset_name, "output_dir": output_dir}
 
+    default = Trainer.build_evaluator(tiny_cfg, "digits_scenes_val")
+    assert isinstance(default, FastCOCOEvaluator)
+    tiny_cfg.TEST.EVALUATOR = "COCOEvaluator"
     assert isinstance(Trainer.build_evaluator(tiny_cfg, "digits_scenes_val"), COCOEvaluator)
     EVALUATOR_REGISTRY.register(Mine)
     try:

@@ -1,0 +1,181 @@
+"""What turns a dataset's record into a model's input, chosen by ``INPUT.MAPPER``."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import DatasetMapper as Detectron2DatasetMapper
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import Boxes, BoxMode, Instances
+
+from retina_plugin.data.images import FastResize, image_to_tensor, read_image
+from retina_plugin.errors import ConfigError
+from retina_plugin.registry import ComponentRegistry
+
+__all__ = ["DATASET_MAPPER_REGISTRY", "DatasetMapper", "FastMapper"]
+
+# Entries are callables record -> record; from_config(cfg, is_train).
+DATASET_MAPPER_REGISTRY = ComponentRegistry("INPUT.MAPPER")
+
+# What FastMapper doesn't read, and Detectron2's mapper does.
+_NOT_BOXES = ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS")
+
+logger = logging.getLogger("retina_plugin")
+
+
+@DATASET_MAPPER_REGISTRY.register()
+class DatasetMapper(Detectron2DatasetMapper):
+    """Detectron2's mapper as it is: Pillow, masks and keypoints too; crowd boxes are dropped."""
+
+    @classmethod
+    def from_config(cls, cfg: Any, is_train: bool = True) -> dict[str, Any]:
+        """Detectron2's arguments.
+
+        Raises:
+            ConfigError: ``IGNORE_IOF_THRESH`` asks for the crowd boxes that this mapper drops.
+        """
+        if is_train and cfg.MODEL.RETINANET.IGNORE_IOF_THRESH is not None:
+            raise ConfigError(
+                "MODEL.RETINANET.IGNORE_IOF_THRESH needs crowd boxes, which INPUT.MAPPER "
+                "DatasetMapper drops: set INPUT.MAPPER FastMapper or IGNORE_IOF_THRESH None"
+            )
+        return super().from_config(cfg, is_train)
+
+
+@DATASET_MAPPER_REGISTRY.register()
+class FastMapper:
+    """Detectron2's mapper for boxes in a fraction of the time: the same records, the same draws.
+
+    The augmentations are Detectron2's own, so the same seed gives the same sizes, crops and flips,
+    and boxes are the same to the bit. Only two pieces of pixel work differ: JPEGs are decoded by
+    OpenCV (:func:`read_image`: equal pixels) and images are resized by torch
+    (:class:`FastResize`: almost always equal, 2 levels apart at most).
+
+    Peer: ``detectron2.data.DatasetMapper``.
+
+    Args:
+        is_train: give ``instances``; else annotations are dropped.
+        augmentations: Detectron2's augmentations or transforms, in their order.
+        image_format: of the image that is given, as Detectron2 has it ("BGR", "RGB", ...).
+        keep_crowd: keep crowd boxes too and mark them in ``instances.gt_ignore`` (bool, one a
+            box), for a detector that ignores what lies in them. Otherwise they are dropped.
+    """
+
+    def __init__(
+        self,
+        is_train: bool,
+        *,
+        augmentations: Sequence[T.Augmentation | T.Transform],
+        image_format: str,
+        keep_crowd: bool = False,
+    ) -> None:
+        self.is_train = is_train
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+        self.keep_crowd = keep_crowd
+        mode = "training" if is_train else "inference"
+        logger.info("Augmentations in %s: %s", mode, list(augmentations))
+
+    @classmethod
+    def from_config(cls, cfg: Any, is_train: bool = True) -> dict[str, Any]:
+        """Augmentations and format of ``cfg.INPUT``, as Detectron2 reads them.
+
+        Raises:
+            ConfigError: masks, keypoints or proposals are asked for.
+        """
+        for key in _NOT_BOXES:
+            if cfg.MODEL[key]:
+                raise ConfigError(
+                    f"MODEL.{key}: INPUT.MAPPER FastMapper reads boxes only; "
+                    "set INPUT.MAPPER DatasetMapper"
+                )
+        arguments = Detectron2DatasetMapper.from_config(cfg, is_train)
+        return {
+            "is_train": is_train,
+            "augmentations": arguments["augmentations"],
+            "image_format": arguments["image_format"],
+            "keep_crowd": cfg.MODEL.RETINANET.IGNORE_IOF_THRESH is not None,
+        }
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """A new record with ``image`` (C, H, W) and, in training, ``instances`` of that size.
+
+        Nothing in it is shared with ``dataset_dict``, which stays as it is.
+
+        Raises:
+            ConfigError: the image is missing or can't be read.
+            SizeMismatchError: it hasn't the width and height of the record (Detectron2's).
+        """
+        # annotations are only read: copying them (polygons!) costs more than their boxes
+        annotations = dataset_dict.get("annotations")
+        record = copy.deepcopy({k: v for k, v in dataset_dict.items() if k != "annotations"})
+        image = read_image(record["file_name"], self.image_format)
+        detection_utils.check_image_size(record, image)
+        sem_seg = None
+        if "sem_seg_file_name" in record:
+            sem_seg = detection_utils.read_image(record.pop("sem_seg_file_name"), "L").squeeze(2)
+
+        augmented = _AugInput(image, sem_seg=sem_seg)
+        transforms = self.augmentations(augmented)
+        record["image"] = image_to_tensor(augmented.image)
+        if sem_seg is not None:
+            record["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))
+        if self.is_train and annotations is not None:
+            size = augmented.image.shape[:2]
+            record["instances"] = self._instances(annotations, transforms, size)
+        return record
+
+    def _instances(
+        self, annotations: list[dict[str, Any]], transforms: T.TransformList, size: tuple[int, int]
+    ) -> Instances:
+        if not self.keep_crowd:
+            annotations = [a for a in annotations if a.get("iscrowd", 0) == 0]
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(_transform_boxes(annotations, transforms, size))
+        classes = [int(a["category_id"]) for a in annotations]
+        instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
+        if self.keep_crowd:
+            crowd = [a.get("iscrowd", 0) != 0 for a in annotations]
+            instances.gt_ignore = torch.tensor(crowd, dtype=torch.bool)
+        return detection_utils.filter_empty_instances(instances)
+
+
+def _transform_boxes(
+    annotations: list[dict[str, Any]], transforms: T.TransformList, size: tuple[int, int]
+) -> np.ndarray:
+    """(N, 4) XYXY boxes in the augmented image of ``size``, cut to it.
+
+    To the bit what Detectron2's ``transform_instance_annotations`` gives box by box: it adds width
+    and height in float32 and does the rest in float64.
+    """
+    boxes = [a["bbox"] for a in annotations]
+    modes = {a["bbox_mode"] for a in annotations}
+    # Detectron2 rounds boxes of integers alone to integers, and arrays keep their own precision
+    usual = all(type(box) is list and float in map(type, box) for box in boxes)
+    if not usual or modes != {BoxMode.XYWH_ABS}:
+        one_by_one = [
+            detection_utils.transform_instance_annotations(
+                {"bbox": a["bbox"], "bbox_mode": a["bbox_mode"]}, transforms, size
+            )["bbox"]
+            for a in annotations
+        ]
+        return np.array(one_by_one).reshape(-1, 4)
+    corners = np.array(boxes, dtype=np.float32)
+    corners[:, 2:] += corners[:, :2]
+    moved = transforms.apply_box(corners.astype(np.float64))
+    return np.minimum(moved.clip(min=0), [*size[::-1], *size[::-1]])
+
+
+class _AugInput(T.AugInput):
+    """Detectron2's, but plain resizes are done by :class:`FastResize`."""
+
+    def transform(self, tfm: T.Transform) -> None:
+        if type(tfm) is T.ResizeTransform:  # a subclass may mean something else
+            tfm = FastResize(tfm.h, tfm.w, tfm.new_h, tfm.new_w, tfm.interp)
+        super().transform(tfm)

@@ -1,0 +1,298 @@
+"""COCO's numbers: Detectron2's evaluator, and the same numbers in a fiftieth of the time."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import json
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
+from detectron2.evaluation.coco_evaluation import COCOevalMaxDets, _evaluate_predictions_on_coco
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from pycocotools.cocoeval import COCOeval
+
+from retina_plugin.errors import ConfigError
+from retina_plugin.registry import ComponentRegistry
+
+__all__ = ["EVALUATOR_REGISTRY", "COCOEvaluator", "FastCOCOEvaluator"]
+
+# Entries are Detectron2 ``DatasetEvaluator``s; from_config(cfg, dataset_name, output_dir).
+EVALUATOR_REGISTRY = ComponentRegistry("TEST.EVALUATOR")
+
+logger = logging.getLogger("retina_plugin")
+
+
+def _optional(name: str) -> ModuleType | None:
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+# The extra "fast".
+hotcoco = _optional("hotcoco")
+orjson = _optional("orjson")
+
+
+@EVALUATOR_REGISTRY.register()
+class COCOEvaluator(Detectron2COCOEvaluator):
+    """Detectron2's COCO evaluator: AP over IoU .50:.95, AP50, AP75, APs, APm, APl, by class.
+
+    It also writes ``coco_instances_results.json``; for a dataset without annotations, such as
+    test-dev, that file is the result: what the COCO server takes.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: Any, dataset_name: str, output_dir: str) -> dict[str, Any]:
+        return {
+            "dataset_name": dataset_name,
+            "tasks": ("bbox",),
+            "output_dir": output_dir,
+        }
+
+
+class Detections(NamedTuple):
+    """What was found in one image."""
+
+    image_id: Any
+    boxes: np.ndarray  # (N, 4) float32, x, y, width, height in pixels
+    scores: np.ndarray  # (N,) float64
+    classes: np.ndarray  # (N,) int64, from 0
+
+    def is_finite(self) -> bool:
+        return bool(np.isfinite(self.boxes).all() and np.isfinite(self.scores).all())
+
+    def to_json(self, category_ids: Sequence[int] | None) -> list[dict[str, Any]]:
+        """COCO's result format; ``category_ids`` are the dataset's, by class."""
+        classes = self.classes.tolist()
+        return [
+            {
+                "image_id": self.image_id,
+                "category_id": category_ids[k] if category_ids else k,
+                "bbox": box,
+                "score": score,
+            }
+            for box, score, k in zip(self.boxes.tolist(), self.scores.tolist(), classes)
+        ]
+
+    def encode(self, category_ids: Sequence[int] | None) -> str:
+        """:meth:`to_json` as text, without the brackets; NaN as NaN, which orjson doesn't know."""
+        results = self.to_json(category_ids)
+        if orjson is not None and self.is_finite():
+            return orjson.dumps(results)[1:-1].decode()
+        return json.dumps(results)[1:-1]
+
+
+@EVALUATOR_REGISTRY.register()
+class FastCOCOEvaluator(Detectron2COCOEvaluator):
+    """:class:`COCOEvaluator` for boxes, whose matching is done by hotcoco where it is installed.
+
+    All numbers are those of pycocotools to the last bit, and so are those in
+    ``coco_instances_results.json``. hotcoco gives the precision and recall arrays, pycocotools'
+    own code sums them up. Where hotcoco isn't there, or would not give pycocotools' numbers, it is
+    pycocotools that is run; the log says which one and why. Detections are kept as arrays, not as
+    a dict each, orjson writes them if it is there, and ``instances_predictions.pth``, which has
+    what the JSON file has, isn't written.
+
+    Args:
+        dataset_name: registered, in COCO format or in Detectron2's.
+        output_dir: where the detections are written; None: nowhere.
+        distributed: collect the detections of all processes.
+        max_dets_per_image: detections of an image that count, the best ones; None is COCO's 100.
+        use_fast: False for pycocotools in any case.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str | None = None,
+        *,
+        distributed: bool = True,
+        max_dets_per_image: int | None = None,
+        use_fast: bool = True,
+    ) -> None:
+        super().__init__(
+            dataset_name,
+            tasks=("bbox",),
+            distributed=distributed,
+            output_dir=output_dir,
+            max_dets_per_image=max_dets_per_image,
+            use_fast_impl=False,
+        )
+        self._dataset_name = dataset_name
+        self._use_fast = use_fast
+        self._predictions: list[Detections] = []
+
+    @classmethod
+    def from_config(cls, cfg: Any, dataset_name: str, output_dir: str) -> dict[str, Any]:
+        return {"dataset_name": dataset_name, "output_dir": output_dir}
+
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        """Keep the ``instances`` of ``outputs``; ``inputs`` have the ``image_id``.
+
+        Raises:
+            ConfigError: masks, keypoints or proposals are there, which would go unseen.
+        """
+        for record, output in zip(inputs, outputs):
+            if "proposals" in output:
+                self._refuse("proposals")
+            if "instances" in output:
+                self._predictions.append(self._detections(record["image_id"], output["instances"]))
+
+    def _detections(self, image_id: Any, instances: Instances) -> Detections:
+        for field in ("pred_masks", "pred_keypoints"):
+            if instances.has(field):
+                self._refuse(field)
+        boxes = instances.pred_boxes.tensor.cpu().numpy().copy()
+        boxes[:, 2:] -= boxes[:, :2]
+        # float64 has every float32 and bfloat16, and it is what the JSON file has
+        scores = instances.scores.cpu().double().numpy()
+        return Detections(image_id, boxes, scores, instances.pred_classes.cpu().numpy())
+
+    def _refuse(self, what: str) -> None:
+        raise ConfigError(
+            f"TEST.EVALUATOR FastCOCOEvaluator evaluates boxes, but the model gives {what}: "
+            "set TEST.EVALUATOR COCOEvaluator"
+        )
+
+    def evaluate(self, img_ids: Sequence[int] | None = None) -> dict[str, dict[str, float]]:
+        """{"bbox": {"AP": ..., "AP50": ..., "AP-class": ...}} in percent, as Detectron2 gives it.
+
+        Empty on all processes but the first, for a dataset without annotations, and if nothing was
+        processed; all NaN if nothing was detected.
+
+        Args:
+            img_ids: images to evaluate; None: all.
+
+        Raises:
+            ConfigError: detections have classes or images that the dataset hasn't.
+        """
+        predictions = self._predictions
+        if self._distributed:
+            comm.synchronize()
+            predictions = list(itertools.chain(*comm.gather(predictions, dst=0)))
+            if not comm.is_main_process():
+                return {}
+        if not predictions:
+            logger.warning("%s: nothing was evaluated", self._dataset_name)
+            return {}
+
+        category_ids = self._category_ids(predictions)
+        if self._output_dir:
+            self._write(predictions, category_ids)
+        if not self._do_evaluation:
+            logger.info("%s has no annotations: there is no AP", self._dataset_name)
+            return {}
+        summary = None
+        if any(len(p.scores) for p in predictions):
+            summary = self._summarize(predictions, category_ids, img_ids)
+        names = self._metadata.get("thing_classes")
+        return OrderedDict(bbox=self._derive_coco_results(summary, "bbox", class_names=names))
+
+    def _category_ids(self, predictions: list[Detections]) -> list[int] | None:
+        """The dataset's category id of each class; None where they are the same."""
+        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if mapping is None:
+            return None
+        category_ids = sorted(mapping, key=mapping.__getitem__)
+        highest = max((p.classes.max() for p in predictions if len(p.classes)), default=0)
+        if highest >= len(category_ids):
+            raise ConfigError(
+                f"a detection is of class {highest}, but {self._dataset_name} has "
+                f"{len(category_ids)} classes: set MODEL.RETINANET.NUM_CLASSES {len(category_ids)}"
+            )
+        return category_ids
+
+    def _write(self, predictions: list[Detections], category_ids: list[int] | None) -> None:
+        PathManager.mkdirs(self._output_dir)
+        path = os.path.join(self._output_dir, "coco_instances_results.json")
+        # image by image: half a million dicts at once keep the garbage collector busy
+        images = (p.encode(category_ids) for p in predictions if len(p.scores))
+        with PathManager.open(path, "w") as file:
+            file.write(f"[{', '.join(images)}]")
+        logger.info("Detections written to %s", path)
+
+    def _summarize(
+        self,
+        predictions: list[Detections],
+        category_ids: list[int] | None,
+        img_ids: Sequence[int] | None,
+    ) -> COCOeval:
+        """pycocotools' evaluation, summed up."""
+        unknown = {p.image_id for p in predictions if len(p.scores)} - self._coco_api.imgs.keys()
+        if unknown:
+            raise ConfigError(
+                f"detections of image {min(unknown, key=str)}, which {self._dataset_name} hasn't: "
+                "its annotation file isn't that of its images"
+            )
+        obstacle = self._obstacle(predictions)
+        if obstacle is None:
+            assert hotcoco is not None
+            logger.info("Evaluating with hotcoco %s", hotcoco.__version__)
+            return self._run_hotcoco(_rows(predictions, category_ids), img_ids)
+        logger.info("Evaluating with pycocotools: %s", obstacle)
+        return _evaluate_predictions_on_coco(
+            self._coco_api,
+            list(itertools.chain(*(p.to_json(category_ids) for p in predictions))),
+            "bbox",
+            cocoeval_fn=COCOeval,
+            img_ids=img_ids,
+            max_dets_per_image=self._max_dets_per_image,
+        )
+
+    def _obstacle(self, predictions: list[Detections]) -> str | None:
+        """Why hotcoco can't be asked, or would not give pycocotools' numbers."""
+        if not self._use_fast:
+            return "use_fast is False"
+        if hotcoco is None:
+            return "hotcoco is not installed, pip install 'retina_plugin[fast]' for 50x the speed"
+        truth = self._coco_api
+        ids = itertools.chain(truth.imgs, truth.anns, truth.cats)
+        if not all(isinstance(i, int) and 0 <= i < 2**53 for i in ids):
+            return "ids are not whole numbers below 2^53"
+        if 0 in truth.anns:
+            return "an annotation has id 0, which pycocotools takes for 'no match'"
+        if not all("area" in a and "iscrowd" in a for a in truth.anns.values()):
+            return "an annotation has no area or no iscrowd"  # hotcoco would take them for 0
+        if not all(p.is_finite() for p in predictions):
+            return "a detection isn't finite"
+        return None
+
+    def _run_hotcoco(self, rows: np.ndarray, img_ids: Sequence[int] | None) -> COCOeval:
+        assert hotcoco is not None
+        # pycocotools' and hotcoco's dataset objects don't go with one another
+        truth = hotcoco.COCO(PathManager.get_local_path(self._metadata.json_file))
+        fast = hotcoco.COCOeval(truth, truth.loadRes(rows), "bbox")
+        fast.params.maxDets = max_dets = sorted(self._max_dets_per_image)  # as pycocotools does
+        if img_ids is not None:
+            fast.params.imgIds = sorted(set(img_ids))
+        fast.evaluate()
+        fast.accumulate()
+        # as Detectron2 does: pycocotools' summary knows no other limit than 100
+        kind = COCOeval if self._max_dets_per_image[2] == 100 else COCOevalMaxDets
+        summary = kind(iouType="bbox")
+        summary.params.maxDets = max_dets
+        summary.eval = fast.eval
+        summary.summarize()
+        return summary
+
+
+def _rows(predictions: list[Detections], category_ids: list[int] | None) -> np.ndarray:
+    """(N, 7) float64: image id, x, y, width, height, score, category id."""
+    counts = [len(p.scores) for p in predictions]
+    classes = np.concatenate([p.classes for p in predictions])
+    return np.column_stack(
+        [
+            np.repeat(np.array([p.image_id for p in predictions], np.float64), counts),
+            np.concatenate([p.boxes for p in predictions]).astype(np.float64),
+            np.concatenate([p.scores for p in predictions]),
+            np.array(category_ids)[classes] if category_ids else classes,
+        ]
+    )
