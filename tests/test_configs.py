@@ -279,7 +279,7 @@ def test_test_dev_is_an_override(repo, name):
     (test_set,) = cfg.DATASETS.TEST
     assert test_set in DatasetCatalog
     assert "image_info_test-dev2017.json" in MetadataCatalog.get(test_set).json_file
-    assert cfg.TEST.EVALUATOR == "COCOEvaluator"
+    assert cfg.TEST.EVALUATOR == "FastCOCOEvaluator"
 
 
 def test_weights_are_of_the_backbone(cfg, paper):
@@ -505,5 +505,7 @@ def test_no_dead_knob(tiny_cfg, monkeypatch):
         for name, _ in EVALUATOR_REGISTRY:
             cfg.TEST.EVALUATOR = name
             Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])
+        cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION = True, "bfloat16"
+        Trainer.test(cfg, Trainer(cfg).model)
     assert added - read == set()
     assert "MODEL.RETINANET.DEAD" not in read

@@ -1,13 +1,7 @@
 """Training and evaluation on Detectron2's engine."""
 
-from .setup import (
-    argument_parser,
-    check_config,
-    check_devices,
-    check_weights,
-    import_user_modules,
-    setup_cfg,
-)
+from .checks import check_config, check_devices, check_weights
+from .setup import argument_parser, import_user_modules, setup_cfg
 from .trainer import Trainer
 
 __all__ = [

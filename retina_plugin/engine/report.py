@@ -13,11 +13,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.evaluation import inference_context
 from detectron2.utils.visualizer import Visualizer
 from torch import nn
+
+from retina_plugin.data import DATASET_MAPPER_REGISTRY
+
+from .precision import Autocast, inference_dtype
 
 matplotlib.use("Agg")  # no display is needed; Detectron2 has the same dependency
 import matplotlib.pyplot as plt
@@ -117,17 +121,19 @@ def draw_detections(
     metadata = MetadataCatalog.get(name)
     dataset = DatasetCatalog.get(name)
     chosen = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).round().astype(int)
-    mapper = DatasetMapper(cfg, is_train=False)
+    mapper = DATASET_MAPPER_REGISTRY.build(cfg, False)
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     # wrapped in DistributedDataParallel, only this process runs the model: use the inner one
-    detector = getattr(model, "module", model)
+    detector = Autocast(
+        getattr(model, "module", model), torch.device(cfg.MODEL.DEVICE).type, inference_dtype(cfg)
+    )
     for axis, index in zip(axes.flat, chosen):
         record = dataset[index]
-        with inference_context(model):
+        with inference_context(detector):
             instances = detector([mapper(record)])[0]["instances"].to("cpu")
         axis.imshow(
             _draw(

@@ -6,36 +6,40 @@ import os
 import weakref
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import (
-    AMPTrainer,
-    DefaultTrainer,
-    SimpleTrainer,
-    TrainerBase,
-    create_ddp_model,
-)
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from torch import nn
 
+from retina_plugin.data import DATASET_MAPPER_REGISTRY
 from retina_plugin.data.checks import check_num_classes
 from retina_plugin.errors import ConfigError
 from retina_plugin.evaluation import EVALUATOR_REGISTRY
 from retina_plugin.modeling.normalizer import LossNormalizer
 
+from .distributed import make_ddp_model
 from .hooks import BestCheckpoint, Pictures, ProgressBar
+from .precision import Autocast, inference_dtype, make_grad_scaler, training_dtype
+from .speed import prepare_model
+from .step import StepTrainer
 
 __all__ = ["Trainer"]
 
 
 class Trainer(DefaultTrainer):
-    """``DefaultTrainer`` with the evaluator of ``TEST.EVALUATOR``, the best checkpoint by AP, a
-    progress bar on a terminal, pictures at the end, and the loss normaliser in its checkpoints.
+    """``DefaultTrainer`` with the evaluator of ``TEST.EVALUATOR``, the mapper of ``INPUT.MAPPER``,
+    the best checkpoint by AP, a progress bar on a terminal, pictures at the end, the loss
+    normaliser in its checkpoints, and the options of speed and memory (``SOLVER.AMP``,
+    ``SOLVER.ACCUMULATE``, ``SOLVER.DDP``, ``MODEL.COMPILE``, ...).
 
     ``SOLVER.REFERENCE_WORLD_SIZE`` scales batch, learning rate and schedule to the number of
     processes, as in Detectron2.
 
     Args:
-        cfg: a checked config (see :func:`retina_plugin.engine.setup.check_config`).
+        cfg: a checked config (see :func:`retina_plugin.engine.checks.check_config`).
     """
 
     def __init__(self, cfg: Any) -> None:
@@ -48,12 +52,25 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         check_num_classes(cfg)  # again: a user's dataset may know its classes only once loaded
-        ddp_args: dict[str, Any] = {"broadcast_buffers": False}
-        if cfg.MODEL.DEVICE == "cpu":
-            ddp_args["device_ids"] = None
-        model = create_ddp_model(model, **ddp_args)
-        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer_class(model, data_loader, optimizer)
+        model = make_ddp_model(
+            model,
+            on_cpu=cfg.MODEL.DEVICE == "cpu",
+            static_graph=cfg.SOLVER.DDP.STATIC_GRAPH,
+            gradient_as_bucket_view=cfg.SOLVER.DDP.GRADIENT_AS_BUCKET_VIEW,
+            compression=cfg.SOLVER.DDP.COMPRESSION,
+        )
+        precision = training_dtype(cfg)
+        half = precision == torch.float16
+        self._trainer = StepTrainer(
+            model,
+            data_loader,
+            optimizer,
+            passes=cfg.SOLVER.ACCUMULATE,
+            precision=precision,
+            # on a GPU as often as Detectron2's writers write: each log waits for the device
+            log_period=1 if cfg.MODEL.DEVICE == "cpu" else 20,
+            grad_scaler=make_grad_scaler(torch.device(cfg.MODEL.DEVICE).type) if half else None,
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = DetectionCheckpointer(
             model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
@@ -78,11 +95,42 @@ class Trainer(DefaultTrainer):
         return [*others, ProgressBar(), writers, Pictures(self.cfg)]
 
     @classmethod
+    def build_model(cls, cfg: Any) -> nn.Module:
+        """Detectron2's model with the options that training and evaluation share."""
+        model = super().build_model(cfg)
+        prepare_model(
+            model,
+            channels_last=cfg.MODEL.CHANNELS_LAST,
+            compile_parts=cfg.MODEL.COMPILE,
+            activation_checkpointing=cfg.MODEL.ACTIVATION_CHECKPOINTING,
+            pad_divisor=cfg.INPUT.PAD_DIVISOR,
+        )
+        return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: Any) -> Any:
+        """Detectron2's loader of batches of ``IMS_PER_BATCH`` with the mapper of the config."""
+        mapper = DATASET_MAPPER_REGISTRY.build(cfg, True)
+        return build_detection_train_loader(cfg, mapper=mapper)
+
+    @classmethod
     def build_test_loader(cls, cfg: Any, dataset_name: str) -> Any:
-        """Detectron2's loader; loading may tell how many classes the dataset has."""
-        loader = super().build_test_loader(cfg, dataset_name)
+        """The same for a test set; loading may tell how many classes the dataset has."""
+        mapper = DATASET_MAPPER_REGISTRY.build(cfg, False)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         check_num_classes(cfg)
         return loader
+
+    @classmethod
+    def test(
+        cls,
+        cfg: Any,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
+    ) -> dict[str, Any]:
+        """Detectron2's evaluation on ``DATASETS.TEST``, the model in ``TEST.PRECISION``."""
+        device_type = torch.device(cfg.MODEL.DEVICE).type
+        return super().test(cfg, Autocast(model, device_type, inference_dtype(cfg)), evaluators)
 
     @classmethod
     def build_evaluator(
@@ -116,15 +164,18 @@ class Trainer(DefaultTrainer):
 
 
 def check_batch_size(cfg: Any, world_size: int) -> None:
-    """``SOLVER.IMS_PER_BATCH`` can be shared evenly by the processes.
+    """``SOLVER.IMS_PER_BATCH`` can be shared evenly by the processes and their passes.
 
     Raises:
         ConfigError: it cannot, with the nearest batch that can.
     """
-    batch = cfg.SOLVER.IMS_PER_BATCH
-    if batch % world_size:
-        nearest = max(1, round(batch / world_size)) * world_size
+    batch, passes = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE
+    parts = world_size * passes
+    if batch % parts:
+        nearest = max(1, round(batch / parts)) * parts
+        of_each = f" of SOLVER.ACCUMULATE {passes} passes" if passes > 1 else ""
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {batch} cannot be split over {world_size} processes: set it to "
+            f"SOLVER.IMS_PER_BATCH {batch} cannot be split over {world_size} "
+            f"process{'es' if world_size > 1 else ''}{of_each}: set it to "
             f"{nearest} and SOLVER.BASE_LR to {cfg.SOLVER.BASE_LR * nearest / batch:g}"
         )

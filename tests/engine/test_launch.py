@@ -62,6 +62,18 @@ def test_torchrun_trains_and_evaluates(repo, tiny_digits, tmp_path):
     assert checkpoint["trainer"]["loss_normalizer_ema"] != 100.0
 
 
+def test_torchrun_with_all_options(repo, tiny_digits, tmp_path):
+    """16 bit, accumulation, recomputation and compressed gradients together, and in evaluation."""
+    fast = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "bfloat16"]
+    fast += ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.ACCUMULATE", "2", "TEST.PRECISION", "bfloat16"]
+    fast += ["MODEL.CHANNELS_LAST", "True", "MODEL.ACTIVATION_CHECKPOINTING", "True"]
+    fast += ["SOLVER.DDP.GRADIENT_AS_BUCKET_VIEW", "True", "SOLVER.DDP.COMPRESSION", "float16"]
+    result = torchrun(repo, "OUTPUT_DIR", str(tmp_path), *fast)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"iter: 2 +total_loss: [\d.]+", result.stdout)
+    assert re.search(r"\| +AP +\| +AP50 ", result.stdout)
+
+
 def test_torchrun_says_it_once(repo, tiny_digits, tmp_path):
     """What the processes cannot do together is one line, not one of each process."""
     result = torchrun(repo, "OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "3")

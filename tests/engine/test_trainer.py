@@ -18,6 +18,7 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
+from retina_plugin.data import DATASET_MAPPER_REGISTRY
 from retina_plugin.engine import Trainer, report
 from retina_plugin.engine.trainer import check_batch_size
 from retina_plugin.errors import ConfigError
@@ -118,11 +119,23 @@ def test_the_checkpoint_holds_the_moving_average(tiny_cfg, one_batch):
     assert saved == trainer.model.normalizer.ema.item()
 
 
-@pytest.mark.parametrize("normalizer", ["ema", "per_image"])
-def test_a_resumed_run_continues_as_an_uninterrupted_one(tiny_cfg, one_batch, normalizer):
+FAST = [
+    *("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16", "SOLVER.ACCUMULATE", 2),
+    *("MODEL.CHANNELS_LAST", True, "MODEL.ACTIVATION_CHECKPOINTING", True),
+    *("INPUT.PAD_DIVISOR", 128, "TEST.PRECISION", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "options"),
+    [("ema", []), ("per_image", []), ("ema", FAST)],
+    ids=["ema", "per_image", "fast"],
+)
+def test_a_resumed_run_continues_as_an_uninterrupted_one(tiny_cfg, one_batch, normalizer, options):
     """Same losses, parameters, momenta, average and learning rates, to the bit."""
     cfg = tiny_cfg
     cfg.MODEL.RETINANET.NORMALIZER = normalizer
+    cfg.merge_from_list(options)
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 6, 2
     cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS = (5,), 4
     cfg.OUTPUT_DIR, interrupted_dir = cfg.OUTPUT_DIR + "/whole", cfg.OUTPUT_DIR + "/parts"
@@ -272,6 +285,61 @@ def test_a_batch_that_cannot_be_split(tiny_cfg, batch, processes, nearest, base_
     )
     check_batch_size(tiny_cfg, batch)
     check_batch_size(tiny_cfg, 1)
+
+
+def test_a_batch_that_the_passes_cannot_share(tiny_cfg):
+    """Processes times passes, and both are named."""
+    tiny_cfg.SOLVER.IMS_PER_BATCH, tiny_cfg.SOLVER.ACCUMULATE = 16, 4
+    check_batch_size(tiny_cfg, 4)
+    with pytest.raises(ConfigError) as error:
+        check_batch_size(tiny_cfg, 8)
+    assert str(error.value).startswith(
+        "SOLVER.IMS_PER_BATCH 16 cannot be split over 8 processes of SOLVER.ACCUMULATE 4 passes: "
+        "set it to 32 and"
+    )
+
+
+def test_the_keys_of_the_solver_reach_the_step(tiny_cfg, one_batch, monkeypatch):
+    """Precision, passes and the options of DistributedDataParallel."""
+    seen = []
+    monkeypatch.setattr(
+        "retina_plugin.engine.trainer.make_ddp_model",
+        lambda model, **options: seen.append(options) or model,
+    )
+    plain = Trainer(tiny_cfg)._trainer
+    assert (plain.passes, plain.precision, plain.grad_scaler) == (1, None, None)
+    tiny_cfg.merge_from_list(FAST)
+    tiny_cfg.SOLVER.DDP.STATIC_GRAPH = tiny_cfg.SOLVER.DDP.GRADIENT_AS_BUCKET_VIEW = True
+    tiny_cfg.SOLVER.DDP.COMPRESSION = "bfloat16"
+    fast = Trainer(tiny_cfg)._trainer
+    assert (fast.passes, fast.precision, fast.grad_scaler) == (2, torch.bfloat16, None)
+    names = ("on_cpu", "static_graph", "gradient_as_bucket_view", "compression")
+    assert seen == [
+        dict(zip(names, (True, False, False, "none"))),
+        dict(zip(names, (True, True, True, "bfloat16"))),
+    ]
+    tiny_cfg.SOLVER.AMP.PRECISION = "float16"
+    with pytest.raises(ConfigError, match="PRECISION float16 needs a GPU"):
+        Trainer(tiny_cfg)
+
+
+@pytest.mark.parametrize("name", ["FastMapper", "DatasetMapper"])
+def test_images_are_read_by_the_mapper_of_the_config(tiny_cfg, monkeypatch, name):
+    """In training, evaluation and on the sheet."""
+    cls, built = DATASET_MAPPER_REGISTRY.get(name), []
+    from_config = cls.from_config.__func__
+    monkeypatch.setattr(
+        cls,
+        "from_config",
+        classmethod(lambda c, cfg, train: built.append(train) or from_config(c, cfg, train)),
+    )
+    tiny_cfg.INPUT.MAPPER = name
+    assert len(next(iter(Trainer.build_train_loader(tiny_cfg)))) == 2
+    assert (
+        "instances" not in next(iter(Trainer.build_test_loader(tiny_cfg, "digits_scenes_val")))[0]
+    )
+    report.draw_detections(tiny_cfg, Detector(0.9), tiny_cfg.OUTPUT_DIR + ".png", num_images=1)
+    assert built == [True, False, False]
 
 
 def test_a_training_leaves_pictures(tiny_cfg):

@@ -1,0 +1,217 @@
+"""One training step: Detectron2's, accumulated, in 16 bit; what is logged, checked and kept."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from retina_plugin.engine.precision import make_grad_scaler
+from retina_plugin.engine.step import StepTrainer
+from retina_plugin.errors import ConfigError
+
+
+class Model(nn.Module):
+    """Two losses, each the mean over the images of something of one image alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.seen = []
+
+    def forward(self, batch):
+        self.seen.append(len(batch))
+        y = self.linear(torch.stack(batch))
+        self.dtype = y.dtype
+        return {"loss_a": y.square().sum(1).mean(), "loss_b": y.abs().sum(1).mean()}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model()
+
+
+def batches(number=3, size=4):
+    generator = torch.Generator().manual_seed(1)
+    return [list(torch.rand(size, 6, generator=generator)) for _ in range(number)]
+
+
+def train(trainer_class, model, data, **options):
+    """The trainer and its storage after a step for each batch."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    trainer = trainer_class(model, data, optimizer, **options)
+    with EventStorage() as storage:
+        for trainer.iter in range(len(data)):
+            storage.iter = trainer.iter
+            trainer.run_step()
+    return trainer, storage
+
+
+def log(storage):
+    """Losses by iteration."""
+    return {k: storage.history(k).values() for k in ("total_loss", "loss_a", "loss_b")}
+
+
+def test_a_step_is_detectron2s(model):
+    """Parameters, momenta and the log, to the bit."""
+    reference = copy.deepcopy(model)
+    ours, storage = train(StepTrainer, model, batches())
+    theirs, expected = train(SimpleTrainer, reference, batches())
+    assert torch.equal(model.linear.weight, reference.linear.weight)
+    assert log(storage) == log(expected) and len(log(storage)["total_loss"]) == 3
+    assert "data_time" in storage.histories()
+    state, expected_state = ours.state_dict(), theirs.state_dict()
+    assert state.keys() == expected_state.keys()
+    momentum, expected_momentum = (
+        s["optimizer"]["state"][0]["momentum_buffer"] for s in (state, expected_state)
+    )
+    assert torch.equal(momentum, expected_momentum)
+
+
+@pytest.mark.parametrize("passes", [2, 4])
+def test_accumulated_steps_are_whole_steps(model, passes):
+    """The same parameters and logged losses up to rounding, from small passes."""
+    reference = copy.deepcopy(model)
+    _, storage = train(StepTrainer, model, batches(), passes=passes)
+    _, expected = train(StepTrainer, reference, batches())
+    assert model.seen == [4 // passes] * 3 * passes and reference.seen == [4] * 3
+    torch.testing.assert_close(model.linear.weight, reference.linear.weight, rtol=0, atol=1e-6)
+    for name, values in log(expected).items():
+        assert log(storage)[name] == [(pytest.approx(v, rel=1e-6), i) for v, i in values], name
+
+
+def image(seed, boxes):
+    """A random image; images have different numbers of objects."""
+    instances = Instances((64, 64))
+    instances.gt_boxes = Boxes(torch.tensor([[4.0, 6.0, 40.0, 50.0], [20.0, 1, 60, 60]])[:boxes])
+    instances.gt_classes = torch.tensor([1, 3])[:boxes]
+    pixels = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(seed)) * 255
+    return {"image": pixels, "instances": instances}
+
+
+def test_accumulated_gradients_of_the_detector(tiny_cfg):
+    """2 passes of 4 images give the gradient of 8 (NORMALIZER per_image, no batch statistics)."""
+    tiny_cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    assert tiny_cfg.MODEL.RETINANET.NORMALIZER == "per_image"
+    whole = build_model(tiny_cfg)
+    parts = copy.deepcopy(whole)
+    data = [[image(i, i % 3) for i in range(8)]]
+    for model, passes in ((whole, 1), (parts, 2)):
+        trainer = StepTrainer(model, data, build_optimizer(tiny_cfg, model), passes=passes)
+        trainer.iter = 0
+        with EventStorage():
+            trainer.run_step()
+    for (name, ours), theirs in zip(parts.named_parameters(), whole.parameters(), strict=True):
+        if theirs.grad is not None:
+            error = (ours.grad - theirs.grad).abs().max()
+            assert error <= 1e-5 * theirs.grad.abs().max(), name
+
+
+def test_a_batch_that_the_passes_cannot_share(model):
+    """One line."""
+    with pytest.raises(ConfigError, match="ACCUMULATE 3: the data loader gave 4 images"):
+        train(StepTrainer, model, batches(), passes=3)
+
+
+def test_one_loss_alone(model):
+    """A model may return a tensor, as for Detectron2."""
+    losses = model.forward
+    model.forward = lambda batch: sum(losses(batch).values())
+    _, storage = train(StepTrainer, model, batches(), passes=2)
+    assert len(storage.history("total_loss").values()) == 3
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(model, passes):
+    """An error as Detectron2's, before the optimizer's step."""
+    before = model.linear.weight.detach().clone()
+    data = batches(1)
+    data[0][3] = torch.full((6,), torch.inf)
+    with pytest.raises(FloatingPointError, match="iteration=0"):
+        train(StepTrainer, model, data, passes=passes)
+    assert torch.equal(model.linear.weight, before)
+
+
+def test_bfloat16_is_autocast(model):
+    """On the CPU: the loss that autocast gives, float32 weights and gradients, no scaler."""
+    reference = copy.deepcopy(model)
+    trainer, _ = train(StepTrainer, model, batches(1), precision=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = reference(batches(1)[0])
+    sum(losses.values()).backward()
+    assert model.dtype == torch.bfloat16
+    assert model.linear.weight.grad.dtype == torch.float32
+    assert torch.equal(model.linear.weight.grad, reference.linear.weight.grad)
+    assert "grad_scaler" not in trainer.state_dict()
+
+
+def test_float16_scales_the_loss(model):
+    """Gradients are unscaled before the step; an overflow skips the step and halves the scale."""
+    reference, before = copy.deepcopy(model), model.linear.weight.detach().clone()
+    scaler = make_grad_scaler("cpu")
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 1024.0})
+    options = {"precision": torch.float16, "grad_scaler": scaler, "passes": 2}
+    train(StepTrainer, model, batches(1), **options)
+    train(StepTrainer, reference, batches(1))
+    assert model.dtype == torch.float16 and not torch.equal(model.linear.weight, before)
+    torch.testing.assert_close(model.linear.weight, reference.linear.weight, rtol=0, atol=1e-3)
+    # the losses are finite, their gradients are not once they are scaled
+    before = model.linear.weight.detach().clone()
+    huge = [[torch.full((6,), 100.0)] * 4]
+    trainer, _ = train(StepTrainer, model, huge, **options)
+    assert torch.equal(model.linear.weight, before)
+    assert trainer.state_dict()["grad_scaler"]["scale"] == 512.0
+
+
+def test_the_scaler_is_resumed(model):
+    """Where the checkpoint has one; one of another precision has none, and can be loaded."""
+    data = batches(1)
+    other, _ = train(StepTrainer, copy.deepcopy(model), data, precision=torch.bfloat16)
+    scaler = make_grad_scaler("cpu")
+    trainer, _ = train(StepTrainer, model, data, precision=torch.float16, grad_scaler=scaler)
+    state = trainer.state_dict()
+    state["grad_scaler"]["scale"] = 128.0
+    trainer.load_state_dict(state)
+    assert scaler.get_scale() == 128.0
+    trainer.load_state_dict(other.state_dict())
+    other.load_state_dict(state)
+    assert scaler.get_scale() == 128.0
+
+
+def test_hooks_after_the_backward_pass(model):
+    """Once a step, when all gradients are there and before the optimizer's."""
+
+    class Hook(HookBase):
+        gradients = ()
+
+        def after_backward(self):
+            self.gradients += (model.linear.weight.grad.norm().item(),)
+            self.weight = model.linear.weight.detach().clone()
+
+    hook, before = Hook(), model.linear.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = StepTrainer(model, batches(1), optimizer, passes=2)
+    trainer.register_hooks([hook])
+    trainer.iter = 0
+    with EventStorage():
+        trainer.run_step()
+    assert hook.gradients == (model.linear.weight.grad.norm().item(),)
+    assert torch.equal(hook.weight, before)
+
+
+def test_a_log_period_leaves_out_logs_and_nothing_else(model):
+    """Every third iteration has the losses that it would have had; the weights are the same."""
+    data = batches(number=7)
+    every = copy.deepcopy(model)
+    _, all_logs = train(StepTrainer, every, data)
+    _, some_logs = train(StepTrainer, model, data, log_period=3)
+    for name, values in log(some_logs).items():
+        assert [i for _, i in values] == [2, 5]
+        assert values == [v for v in log(all_logs)[name] if v[1] in (2, 5)]
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), every.parameters()))
