@@ -31,6 +31,7 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import nn
 from torch.multiprocessing import ProcessExitedException
 
 from retina_plugin.engine import (
@@ -54,16 +55,20 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> None:
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="retina_plugin")
         if args.eval_only:
-            evaluate(cfg, args.resume)
-            return
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
+            model = load_model(cfg, args.resume)
+        else:
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
     except ConfigError as error:
         fail(error, comm.get_local_rank())
     try:
-        trainer.train()
+        if args.eval_only:
+            evaluate(cfg, model)
+        else:
+            trainer.train()
     except ConfigError as error:  # perhaps in this process alone: only it saw that image
-        sys.exit(f"error: {error}")
+        # what a loader's worker raised comes with the worker's traceback before it
+        sys.exit(f"error: {str(error).rpartition('ConfigError: ')[2].strip()}")
 
 
 def fail(error: ConfigError, local_rank: int) -> NoReturn:
@@ -75,11 +80,16 @@ def fail(error: ConfigError, local_rank: int) -> NoReturn:
     sys.exit(f"error: {error}" if local_rank == 0 else 0)
 
 
-def evaluate(cfg: CfgNode, resume: bool) -> None:
-    """Metrics of ``MODEL.WEIGHTS`` (or the last checkpoint) on ``DATASETS.TEST``, and the sheet."""
+def load_model(cfg: CfgNode, resume: bool) -> nn.Module:
+    """The model with ``MODEL.WEIGHTS``, or with the last checkpoint of ``OUTPUT_DIR``."""
     model = Trainer.build_model(cfg)
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return model
+
+
+def evaluate(cfg: CfgNode, model: nn.Module) -> None:
+    """Metrics on ``DATASETS.TEST``, and the sheet."""
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

@@ -42,7 +42,7 @@ _DEFAULTS: dict[str, Any] = {
     # a C++ compiler, else eager), or one of eager, native, triton.
     "MODEL.RETINANET.LOSS_BACKEND": "auto",
     # Let the loss write its gradient over the logits: saves 1x the logits of memory. Pictures of
-    # training (VIS_PERIOD) and OHEM need the logits and exclude it.
+    # training (VIS_PERIOD) need the logits and exclude it; with OHEM it has no effect.
     "MODEL.RETINANET.LOSS_IN_PLACE": False,
     # Crowd boxes: a background anchor of which at least this share lies in one is ignored (IoF,
     # intersection over the anchor's area). None: crowds are background, as in Detectron2.

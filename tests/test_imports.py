@@ -13,7 +13,7 @@ ALLOWED = {
     "modeling": {"errors", "registry", "losses"},
     "data": {"cache", "errors", "registry"},
     "evaluation": {"errors", "registry", "data"},
-    "engine": {"config", "data", "errors", "evaluation", "losses", "modeling", "registry"},
+    "engine": {"cache", "config", "data", "errors", "evaluation", "losses", "modeling", "registry"},
     "tools": {"config", "data", "engine", "errors", "evaluation", "losses", "modeling", "registry"},
     "config": set(),
     "cache": set(),

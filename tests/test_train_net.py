@@ -226,3 +226,41 @@ def test_an_error_in_training_is_said_too(config, monkeypatch):
     monkeypatch.setattr(AnchorLabeler, "_check_classes", check)
     monkeypatch.setattr(train_net.comm, "get_local_rank", lambda: 1)
     assert error(config) == "class 10 is outside"
+
+
+@pytest.fixture
+def broken_image(tiny_digits):
+    """spoil(split): the first image of the tiny set is no image; it is restored afterwards."""
+    spoiled = []
+
+    def spoil(split):
+        path = sorted((tiny_digits / split).glob("*"))[0]
+        spoiled.append((path, path.read_bytes()))
+        path.write_bytes(b"not an image")
+        return path
+
+    yield spoil
+    for path, data in spoiled:
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_image_that_cannot_be_read_in_training(config, broken_image, workers):
+    """One line with its name, without the traceback of the loader's worker."""
+    path = broken_image("train")
+    args = ("DATALOADER.NUM_WORKERS", workers, "SOLVER.IMS_PER_BATCH", "8")
+    line = error(config, *args)
+    assert line.startswith(f"cannot read the image {path} (") and line.endswith("annotations")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_image_that_cannot_be_read_in_evaluation(
+    config, out, broken_image, monkeypatch, workers
+):
+    """The process that meets it fails, whichever it is: the others would wait for it."""
+    run(config)
+    path = broken_image("val")
+    monkeypatch.setattr(train_net.comm, "get_local_rank", lambda: 1)
+    weights = str(out / "model_final.pth")
+    args = ("--eval-only", "DATALOADER.NUM_WORKERS", workers, "MODEL.WEIGHTS", weights)
+    assert error(config, *args).startswith(f"cannot read the image {path} (")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import IO
 
 import cv2
 import numpy as np
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from retina_plugin.errors import ConfigError
 
-__all__ = ["FastResize", "image_to_tensor", "read_image"]
+__all__ = ["FastResize", "check_format", "image_to_tensor", "read_image"]
 
 # No call of OpenCV's here runs in threads: those hang in a loader's worker, which is a fork.
 
@@ -36,8 +37,7 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
     """
     try:
         with PathManager.open(file_name, "rb") as file:
-            data = file.read()
-        image = _decode_jpeg(data, image_format)
+            image = _decode_jpeg(file, image_format)
         if image is None:
             image = detection_utils.read_image(file_name, image_format)
         return image
@@ -48,9 +48,29 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
         ) from error
 
 
-def _decode_jpeg(data: bytes, image_format: str) -> np.ndarray | None:
+def check_format(image_format: str) -> None:
+    """``INPUT.FORMAT`` is one that images can be converted to.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        detection_utils.convert_PIL_to_numpy(Image.new("RGB", (1, 1)), image_format)
+    except ValueError:  # Pillow's
+        raise ConfigError(
+            f"INPUT.FORMAT: no '{image_format}'; set BGR (Detectron2's weights), RGB, YUV-BT.601 "
+            "or a mode of Pillow"
+        ) from None
+
+
+def _decode_jpeg(file: IO[bytes], image_format: str) -> np.ndarray | None:
     """The upright image, or None where Detectron2's reader has to be asked."""
-    if image_format not in ("BGR", "RGB") or not data.endswith(b"\xff\xd9"):
+    # the first bytes alone, since that reader opens the file again
+    if image_format not in ("BGR", "RGB") or file.read(2) != b"\xff\xd8":
+        return None
+    file.seek(0)
+    data = file.read()
+    if not data.endswith(b"\xff\xd9"):
         return None
     with Image.open(io.BytesIO(data)) as header:  # lazy: no pixels are decoded
         if header.format != "JPEG" or header.mode not in ("RGB", "L"):

@@ -14,7 +14,7 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from retina_plugin.data.images import FastResize, image_to_tensor, read_image
+from retina_plugin.data.images import FastResize, check_format, image_to_tensor, read_image
 from retina_plugin.errors import ConfigError
 from retina_plugin.registry import ComponentRegistry
 
@@ -38,8 +38,10 @@ class DatasetMapper(Detectron2DatasetMapper):
         """Detectron2's arguments.
 
         Raises:
-            ConfigError: ``IGNORE_IOF_THRESH`` asks for the crowd boxes that this mapper drops.
+            ConfigError: ``IGNORE_IOF_THRESH`` asks for the crowd boxes that this mapper drops, or
+                there is no such ``INPUT.FORMAT``.
         """
+        check_format(cfg.INPUT.FORMAT)
         if is_train and cfg.MODEL.RETINANET.IGNORE_IOF_THRESH is not None:
             raise ConfigError(
                 "MODEL.RETINANET.IGNORE_IOF_THRESH needs crowd boxes, which INPUT.MAPPER "
@@ -87,8 +89,10 @@ class FastMapper:
         """Augmentations and format of ``cfg.INPUT``, as Detectron2 reads them.
 
         Raises:
-            ConfigError: masks, keypoints or proposals are asked for.
+            ConfigError: masks, keypoints or proposals are asked for, or an ``INPUT.FORMAT`` that
+                there is not.
         """
+        check_format(cfg.INPUT.FORMAT)
         for key in _NOT_BOXES:
             if cfg.MODEL[key]:
                 raise ConfigError(

@@ -1,5 +1,6 @@
 """Training and evaluation on Detectron2's engine."""
 
+from . import pretrain as _pretrain  # noqa: F401  MODEL.WEIGHTS digits://...
 from .checks import check_config, check_devices, check_weights
 from .setup import argument_parser, import_user_modules, setup_cfg
 from .trainer import Trainer

@@ -11,8 +11,9 @@ from detectron2.utils.file_io import Detectron2Handler, PathManager
 
 from retina_plugin.data.checks import check_datasets, check_num_classes
 from retina_plugin.errors import ConfigError
+from retina_plugin.losses import check_backend
 
-from .distributed import COMPRESSIONS
+from .distributed import check_ddp_options
 from .precision import inference_dtype, training_dtype
 from .speed import check_compiler
 
@@ -127,31 +128,21 @@ def _check_training_options(cfg: CfgNode) -> None:
     solver, retinanet = cfg.SOLVER, cfg.MODEL.RETINANET
     if solver.ACCUMULATE < 1:
         raise ConfigError(f"SOLVER.ACCUMULATE must be at least 1, got {solver.ACCUMULATE}")
-    if solver.DDP.COMPRESSION not in COMPRESSIONS:
-        raise ConfigError(
-            f"SOLVER.DDP.COMPRESSION: no '{solver.DDP.COMPRESSION}'; known: "
-            f"{', '.join(COMPRESSIONS)}"
-        )
-    if solver.DDP.STATIC_GRAPH and solver.ACCUMULATE > 1:
-        # PyTorch learns the graph in its first backward pass, which must exchange gradients
-        raise ConfigError(
-            "SOLVER.DDP.STATIC_GRAPH with SOLVER.ACCUMULATE > 1 is not supported by PyTorch: set "
-            "SOLVER.DDP.STATIC_GRAPH False"
-        )
+    check_ddp_options(
+        static_graph=solver.DDP.STATIC_GRAPH,
+        compression=solver.DDP.COMPRESSION,
+        passes=solver.ACCUMULATE,
+    )
+    check_backend(retinanet.LOSS_BACKEND)
     if retinanet.LOSS_IN_PLACE and retinanet.SAMPLER == "OHEM":
         raise ConfigError(
-            "MODEL.RETINANET.LOSS_IN_PLACE overwrites the logits that MODEL.RETINANET.SAMPLER OHEM "
-            "reads: set LOSS_IN_PLACE False"
+            "MODEL.RETINANET.LOSS_IN_PLACE has no effect with MODEL.RETINANET.SAMPLER OHEM, whose "
+            "loss is that of a few anchors: set LOSS_IN_PLACE False"
         )
     if retinanet.LOSS_IN_PLACE and solver.AMP.ENABLED and solver.AMP.PRECISION == "float16":
         raise ConfigError(
             "MODEL.RETINANET.LOSS_IN_PLACE writes gradients that are not scaled yet, which "
             "SOLVER.AMP.PRECISION float16 cannot hold: set it to bfloat16, or LOSS_IN_PLACE False"
-        )
-    if retinanet.LOSS_IN_PLACE and cfg.VIS_PERIOD > 0:
-        raise ConfigError(
-            f"MODEL.RETINANET.LOSS_IN_PLACE overwrites the logits that VIS_PERIOD {cfg.VIS_PERIOD} "
-            "draws: set VIS_PERIOD 0 or LOSS_IN_PLACE False"
         )
 
 

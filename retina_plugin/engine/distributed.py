@@ -11,9 +11,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from retina_plugin.errors import ConfigError
 
-__all__ = ["COMPRESSIONS", "make_ddp_model"]
+__all__ = ["check_ddp_options", "make_ddp_model"]
 
-COMPRESSIONS = ("none", "float16", "bfloat16")
+_COMPRESSIONS = ("none", "float16", "bfloat16")
+
+
+def check_ddp_options(*, static_graph: bool, compression: str, passes: int) -> None:
+    """The options of :func:`make_ddp_model` that can be judged without a model.
+
+    Raises:
+        ConfigError: a compression that is not known, or a static graph with several passes.
+    """
+    if compression not in _COMPRESSIONS:
+        raise ConfigError(
+            f"SOLVER.DDP.COMPRESSION: no '{compression}'; known: {', '.join(_COMPRESSIONS)}"
+        )
+    if static_graph and passes > 1:
+        # PyTorch learns the graph in its first backward pass, which must exchange gradients
+        raise ConfigError(
+            "SOLVER.DDP.STATIC_GRAPH with SOLVER.ACCUMULATE > 1 is not supported by PyTorch: set "
+            "SOLVER.DDP.STATIC_GRAPH False"
+        )
 
 
 def make_ddp_model(
@@ -23,6 +41,7 @@ def make_ddp_model(
     static_graph: bool = False,
     gradient_as_bucket_view: bool = False,
     compression: str = "none",
+    passes: int = 1,
 ) -> nn.Module:
     """The model whose gradients are averaged over the processes; with one process the model itself.
 
@@ -34,14 +53,13 @@ def make_ddp_model(
             memory and a copy.
         compression: "none", or what gradients are sent as: "float16" (of little range) or
             "bfloat16" (of few digits); they are added up in it, half the traffic.
+        passes: backward passes of a step; gradients are exchanged in the last one.
 
     Raises:
-        ConfigError: a compression that is not known, or that this build of PyTorch cannot do.
+        ConfigError: see :func:`check_ddp_options`; a compression that this build of PyTorch
+            cannot do.
     """
-    if compression not in COMPRESSIONS:
-        raise ConfigError(
-            f"SOLVER.DDP.COMPRESSION: no '{compression}'; known: {', '.join(COMPRESSIONS)}"
-        )
+    check_ddp_options(static_graph=static_graph, compression=compression, passes=passes)
     options: dict[str, Any] = {
         "broadcast_buffers": False,
         "static_graph": static_graph,

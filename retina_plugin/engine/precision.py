@@ -63,8 +63,9 @@ class Autocast(nn.Module):
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """What the detector returns."""
-        enabled = self.dtype != torch.float32
-        with torch.autocast(self.device_type, self.dtype if enabled else None, enabled=enabled):
+        if self.dtype == torch.float32:
+            return self.model(batched_inputs)  # also within a caller's own autocast
+        with torch.autocast(self.device_type, self.dtype):
             return self.model(batched_inputs)
 
 

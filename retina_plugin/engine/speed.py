@@ -31,6 +31,8 @@ def prepare_model(
 ) -> None:
     """Change a detector in place; results stay the same but for rounding (and padding).
 
+    A second call adds options to those of the first.
+
     State dicts keep their names: checkpoints load whatever the options were when they were written.
 
     Args:
@@ -66,7 +68,8 @@ def prepare_model(
         model.to(memory_format=torch.channels_last)
         backbone.register_forward_pre_hook(_to_channels_last)
     if activation_checkpointing:
-        if compile_parts and (has_state(backbone) or has_state(head)):
+        compiled = compile_parts or getattr(backbone, "_compiled_call_impl", None) is not None
+        if compiled and (has_state(backbone) or has_state(head)):
             raise ConfigError(
                 "MODEL.COMPILE with MODEL.ACTIVATION_CHECKPOINTING cannot train batch norm: set "
                 "MODEL.RESNETS.NORM FrozenBN or GN (and MODEL.FPN.NORM, MODEL.RETINANET.NORM), or "

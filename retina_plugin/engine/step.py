@@ -1,4 +1,4 @@
-"""One training step: precision, accumulated gradients."""
+"""One training step: precision, accumulated gradients, the log."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from retina_plugin.errors import ConfigError
+
+from .loss_log import LossLog
 
 __all__ = ["StepTrainer"]
 
@@ -29,10 +31,16 @@ class StepTrainer(SimpleTrainer):
     several images it computes from those of a pass: ``per_gpu`` and ``global`` divide by the
     positives of a pass, ``ema`` moves in each pass, batch norm normalises a pass. The images are
     those of the run without accumulation, in the same order: the loader gives the whole batch.
+    The division is of the parameters' gradients, once, so that each pass is that of a whole batch.
 
-    Losses are logged as the mean over passes, in one transfer from the device, and before the
-    weights change. With ``log_period`` 1 a loss that is not finite never reaches them; otherwise it
-    ends the training up to ``log_period - 1`` iterations later, and nothing waits in between.
+    Losses are logged as the mean over passes. What the model itself writes to the event storage,
+    scalars and pictures, it writes once a pass: a scalar's last value of an iteration is that of
+    the last pass, and a picture is there P times.
+
+    The losses of each iteration are logged, ``log_period`` iterations in one transfer from the
+    device, and at ``max_iter`` what is left. With 1 a loss that is not finite never reaches the
+    weights; otherwise it ends the training up to ``log_period - 1`` iterations later, and nothing
+    waits in between. The error names the iteration where it was met first.
 
     Args:
         model: images and ground truth -> losses to be added up, or one loss.
@@ -40,7 +48,7 @@ class StepTrainer(SimpleTrainer):
         optimizer: of the model's parameters.
         passes: P.
         precision: ``torch.float16`` or ``torch.bfloat16`` for autocast; None: as the weights are.
-        log_period: iterations from one log to the next.
+        log_period: iterations from one transfer to the next.
         grad_scaler: for float16, see :func:`~retina_plugin.engine.precision.make_grad_scaler`; its
             state is in the checkpoint, as that of ``AMPTrainer``.
     """
@@ -61,6 +69,8 @@ class StepTrainer(SimpleTrainer):
         self.precision = precision
         self.log_period = log_period
         self.grad_scaler = grad_scaler
+        self.max_iter = 0  # not known before train(); the trainer around this one sets it too
+        self._log = LossLog()
         self._device_type = next(model.parameters()).device.type
 
     def run_step(self) -> None:
@@ -81,18 +91,26 @@ class StepTrainer(SimpleTrainer):
         for i, part in enumerate(parts[1:], start=2):
             for name, loss in self._pass(part, last=i == len(parts)).items():
                 losses[name] = losses[name] + loss
-        for hook in self._hooks:
-            hook.after_backward()
-        if (self.iter + 1) % self.log_period == 0:
-            self._write_metrics(_to_cpu(losses), data_time)
+        if self.passes > 1:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self.passes)
+        self.after_backward()
+        self._log.add(self.iter, {k: v / self.passes for k, v in losses.items()}, data_time)
+        if (self.iter + 1) % self.log_period == 0 or self.iter + 1 == self.max_iter:
+            self._log.write()
         if self.grad_scaler is None:
             self.optimizer.step()
         else:
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
 
+    def after_backward(self) -> None:
+        """Call the hooks, once all gradients are there. Detectron2 v0.6 has no such method."""
+        for hook in self._hooks:
+            hook.after_backward()
+
     def _pass(self, data: Any, last: bool) -> dict[str, Tensor]:
-        """Add the gradients of one pass up; its losses, divided by the number of passes."""
+        """Add the gradients of one pass up; its losses."""
         sync: Any = contextlib.nullcontext()
         if not last and isinstance(self.model, DistributedDataParallel):
             sync = self.model.no_sync()  # the processes exchange gradients once a step
@@ -102,7 +120,6 @@ class StepTrainer(SimpleTrainer):
                 losses = self.model(data)
                 if isinstance(losses, Tensor):
                     losses = {"total_loss": losses}
-                losses = {name: loss / self.passes for name, loss in losses.items()}
                 total = sum(losses.values())
             if self.grad_scaler is not None:
                 total = self.grad_scaler.scale(total)
@@ -133,8 +150,3 @@ def _split(data: Any, passes: int) -> list[Any]:
         )
     size = len(data) // passes
     return [data[i : i + size] for i in range(0, len(data), size)]
-
-
-def _to_cpu(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    values = torch.stack([loss.float() for loss in losses.values()]).cpu()
-    return dict(zip(losses, values))

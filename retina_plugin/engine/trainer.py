@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from typing import Any
@@ -12,12 +13,14 @@ from detectron2.data import build_detection_test_loader, build_detection_train_l
 from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from retina_plugin.data import DATASET_MAPPER_REGISTRY
 from retina_plugin.data.checks import check_num_classes
 from retina_plugin.errors import ConfigError
 from retina_plugin.evaluation import EVALUATOR_REGISTRY
+from retina_plugin.modeling.detector import LOG_PERIOD
 from retina_plugin.modeling.normalizer import LossNormalizer
 
 from .distributed import make_ddp_model
@@ -46,9 +49,13 @@ class Trainer(DefaultTrainer):
         # DefaultTrainer's own __init__ cannot train on several CPU processes: it gives
         # DistributedDataParallel GPU ids in any case.
         TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()  # as Detectron2 does, where nobody has: in a notebook
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_batch_size(cfg, comm.get_world_size())
         model = self.build_model(cfg)
+        # a model that is only evaluated keeps no activations, nor has it to do with the limits
+        prepare_model(model, activation_checkpointing=cfg.MODEL.ACTIVATION_CHECKPOINTING)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         check_num_classes(cfg)  # again: a user's dataset may know its classes only once loaded
@@ -58,6 +65,7 @@ class Trainer(DefaultTrainer):
             static_graph=cfg.SOLVER.DDP.STATIC_GRAPH,
             gradient_as_bucket_view=cfg.SOLVER.DDP.GRADIENT_AS_BUCKET_VIEW,
             compression=cfg.SOLVER.DDP.COMPRESSION,
+            passes=cfg.SOLVER.ACCUMULATE,
         )
         precision = training_dtype(cfg)
         half = precision == torch.float16
@@ -67,8 +75,8 @@ class Trainer(DefaultTrainer):
             optimizer,
             passes=cfg.SOLVER.ACCUMULATE,
             precision=precision,
-            # on a GPU as often as Detectron2's writers write: each log waits for the device
-            log_period=1 if cfg.MODEL.DEVICE == "cpu" else 20,
+            # on a GPU as often as Detectron2's writers write: each time it waits for the device
+            log_period=1 if cfg.MODEL.DEVICE == "cpu" else LOG_PERIOD,
             grad_scaler=make_grad_scaler(torch.device(cfg.MODEL.DEVICE).type) if half else None,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -79,6 +87,11 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    def run_step(self) -> None:
+        """Detectron2's, and the step knows which is the last one: what is left is logged then."""
+        self._trainer.max_iter = self.max_iter
+        super().run_step()
 
     def build_hooks(self) -> list:
         """Detectron2's hooks, ours before the writers, so that they write what ours measure."""
@@ -102,7 +115,6 @@ class Trainer(DefaultTrainer):
             model,
             channels_last=cfg.MODEL.CHANNELS_LAST,
             compile_parts=cfg.MODEL.COMPILE,
-            activation_checkpointing=cfg.MODEL.ACTIVATION_CHECKPOINTING,
             pad_divisor=cfg.INPUT.PAD_DIVISOR,
         )
         return model

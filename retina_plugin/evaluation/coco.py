@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import itertools
-import json
 import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
@@ -19,10 +15,13 @@ from detectron2.evaluation.coco_evaluation import COCOevalMaxDets, _evaluate_pre
 from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from retina_plugin.errors import ConfigError
 from retina_plugin.registry import ComponentRegistry
+
+from .detections import Detections, as_rows, optional
 
 __all__ = ["EVALUATOR_REGISTRY", "COCOEvaluator", "FastCOCOEvaluator"]
 
@@ -32,13 +31,7 @@ EVALUATOR_REGISTRY = ComponentRegistry("TEST.EVALUATOR")
 logger = logging.getLogger("retina_plugin")
 
 
-def _optional(name: str) -> ModuleType | None:
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
-
-
-# The extra "fast".
-hotcoco = _optional("hotcoco")
-orjson = _optional("orjson")
+hotcoco = optional("hotcoco")  # of the extra "fast"
 
 
 @EVALUATOR_REGISTRY.register()
@@ -56,38 +49,6 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             "tasks": ("bbox",),
             "output_dir": output_dir,
         }
-
-
-class Detections(NamedTuple):
-    """What was found in one image."""
-
-    image_id: Any
-    boxes: np.ndarray  # (N, 4) float32, x, y, width, height in pixels
-    scores: np.ndarray  # (N,) float64
-    classes: np.ndarray  # (N,) int64, from 0
-
-    def is_finite(self) -> bool:
-        return bool(np.isfinite(self.boxes).all() and np.isfinite(self.scores).all())
-
-    def to_json(self, category_ids: Sequence[int] | None) -> list[dict[str, Any]]:
-        """COCO's result format; ``category_ids`` are the dataset's, by class."""
-        classes = self.classes.tolist()
-        return [
-            {
-                "image_id": self.image_id,
-                "category_id": category_ids[k] if category_ids else k,
-                "bbox": box,
-                "score": score,
-            }
-            for box, score, k in zip(self.boxes.tolist(), self.scores.tolist(), classes)
-        ]
-
-    def encode(self, category_ids: Sequence[int] | None) -> str:
-        """:meth:`to_json` as text, without the brackets; NaN as NaN, which orjson doesn't know."""
-        results = self.to_json(category_ids)
-        if orjson is not None and self.is_finite():
-            return orjson.dumps(results)[1:-1].decode()
-        return json.dumps(results)[1:-1]
 
 
 @EVALUATOR_REGISTRY.register()
@@ -236,7 +197,7 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         if obstacle is None:
             assert hotcoco is not None
             logger.info("Evaluating with hotcoco %s", hotcoco.__version__)
-            return self._run_hotcoco(_rows(predictions, category_ids), img_ids)
+            return self._run_hotcoco(as_rows(predictions, category_ids), img_ids)
         logger.info("Evaluating with pycocotools: %s", obstacle)
         return _evaluate_predictions_on_coco(
             self._coco_api,
@@ -252,15 +213,18 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         if not self._use_fast:
             return "use_fast is False"
         if hotcoco is None:
-            return "hotcoco is not installed, pip install 'retina_plugin[fast]' for 50x the speed"
+            return "`import hotcoco` fails, pip install 'retina_plugin[fast]' for 50x the speed"
         truth = self._coco_api
         ids = itertools.chain(truth.imgs, truth.anns, truth.cats)
         if not all(isinstance(i, int) and 0 <= i < 2**53 for i in ids):
             return "ids are not whole numbers below 2^53"
         if 0 in truth.anns:
             return "an annotation has id 0, which pycocotools takes for 'no match'"
-        if not all("area" in a and "iscrowd" in a for a in truth.anns.values()):
-            return "an annotation has no area or no iscrowd"  # hotcoco would take them for 0
+        annotations = truth.dataset["annotations"]
+        if len(annotations) != len(truth.anns):
+            return "two annotations have one id"
+        if not all(a.keys() >= {"bbox", "area", "iscrowd"} for a in annotations):
+            return "an annotation has no bbox, no area or no iscrowd"  # hotcoco would guess
         if not all(p.is_finite() for p in predictions):
             return "a detection isn't finite"
         return None
@@ -268,7 +232,7 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
     def _run_hotcoco(self, rows: np.ndarray, img_ids: Sequence[int] | None) -> COCOeval:
         assert hotcoco is not None
         # pycocotools' and hotcoco's dataset objects don't go with one another
-        truth = hotcoco.COCO(PathManager.get_local_path(self._metadata.json_file))
+        truth = hotcoco.COCO(_boxes_only(self._coco_api))
         fast = hotcoco.COCOeval(truth, truth.loadRes(rows), "bbox")
         fast.params.maxDets = max_dets = sorted(self._max_dets_per_image)  # as pycocotools does
         if img_ids is not None:
@@ -284,15 +248,14 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         return summary
 
 
-def _rows(predictions: list[Detections], category_ids: list[int] | None) -> np.ndarray:
-    """(N, 7) float64: image id, x, y, width, height, score, category id."""
-    counts = [len(p.scores) for p in predictions]
-    classes = np.concatenate([p.classes for p in predictions])
-    return np.column_stack(
-        [
-            np.repeat(np.array([p.image_id for p in predictions], np.float64), counts),
-            np.concatenate([p.boxes for p in predictions]).astype(np.float64),
-            np.concatenate([p.scores for p in predictions]),
-            np.array(category_ids)[classes] if category_ids else classes,
-        ]
-    )
+def _boxes_only(truth: COCO) -> dict[str, Any]:
+    """What matching reads. hotcoco refuses files that pycocotools takes, for what else is there.
+
+    Detectron2's own files, for example, have ``"licenses": null``.
+    """
+    fields = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    return {
+        "images": [{"id": i} for i in truth.imgs],
+        "annotations": [{field: a[field] for field in fields} for a in truth.anns.values()],
+        "categories": [{"id": i, "name": str(i)} for i in truth.cats],
+    }

@@ -77,8 +77,8 @@ class DenseLoss(NamedTuple):
     background: Tensor  # detached part of the entries with label 0
 
 
-def check_backend(name: str) -> None:
-    """Whether ``MODEL.RETINANET.LOSS_BACKEND`` can be had on this machine.
+def check_backend(name: str, *, here: bool = True) -> None:
+    """Whether there is such a ``MODEL.RETINANET.LOSS_BACKEND``, and ``here``, on this machine.
 
     Raises:
         ConfigError: an unknown name, or a kernel that cannot run here, with the reason.
@@ -87,7 +87,7 @@ def check_backend(name: str) -> None:
         raise ConfigError(
             f"MODEL.RETINANET.LOSS_BACKEND: no '{name}'; known: {', '.join(BACKENDS)}"
         )
-    if name in _KERNELS and (reason := _obstacle(name)):
+    if here and name in _KERNELS and (reason := _obstacle(name)):
         raise ConfigError(
             f"MODEL.RETINANET.LOSS_BACKEND {name} is not available: {reason}; set it to auto"
         )
@@ -119,7 +119,8 @@ def dense_classification_loss(
             not 0. The gradient is written with this factor, which spares a pass over it in
             ``backward``; it is corrected where ``backward`` brings another one. None: 1.
         in_place: write the gradient over the logits and so spare its memory. The logits are lost:
-            whatever else would need them for its own gradient gets autograd's error.
+            what reads them afterwards reads the gradient, and what had saved them for a gradient
+            of its own gets autograd's error.
 
     Returns:
         Sums by image, float32 (float64 for float64 logits). Ignored anchors add exactly nothing.
@@ -127,7 +128,8 @@ def dense_classification_loss(
         forward pass wrote is given away.
 
     Raises:
-        ValueError: logits that do not fit ``num_classes`` or ``targets``; leaves in place.
+        ValueError: logits that do not fit ``num_classes`` or ``targets``, a class that is not one
+            of K (on an accelerator an assertion of the device); leaves in place.
         ConfigError: what ``backend`` or ``in_place`` cannot do.
     """
     _check_logits(logits, targets, num_classes)
@@ -190,7 +192,8 @@ class _DenseLossFunction(torch.autograd.Function):
                 for x, grad, labels in zip(logits, grads, maps)
             ]
             sums_N2 = torch.stack(levels).sum(dim=0)
-        ctx.grads, ctx.dtypes, ctx.scale_N = grads, [x.dtype for x in logits], scale_N
+        ctx.grads, ctx.dtypes = grads, [x.dtype for x in logits]
+        ctx.scale_N, ctx.backend = scale_N, call.backend
         background_N, foreground_N = sums_N2.unbind(dim=1)
         out_dtype = compute_dtype(logits[0])
         total_N = (foreground_N + background_N).to(out_dtype)
@@ -210,7 +213,7 @@ class _DenseLossFunction(torch.autograd.Function):
         ratio_N = grad_N / ctx.scale_N
         for grad in grads:
             if grad is not None:
-                _scale(grad, ratio_N)
+                _scale(grad, ratio_N, ctx.backend)
         return (
             None,
             None,
@@ -258,13 +261,26 @@ def _label_maps(
     counts = [x[0].numel() // num_classes for x in logits]
     device = logits[0].device
     labels_NR = torch.full((targets.num_images, sum(counts)), -1, dtype=torch.int16, device=device)
-    labels_NR[targets.ignored_image, targets.ignored_anchor] = eager.IGNORED
+    _check_classes(targets.positive_class, num_classes)
+    # a tensor: a number would be copied to the device, and waited for
+    ignored = labels_NR.new_full((), eager.IGNORED)
+    labels_NR.index_put_((targets.ignored_image, targets.ignored_anchor), ignored)
     labels_NR[targets.positive_image, targets.positive_anchor] = targets.positive_class.short()
     for x, labels in zip(logits, labels_NR.split(counts, dim=1)):
         N, _, H, W = x.shape
         labels_NAHW = labels.view(N, H, W, -1).permute(0, 3, 1, 2)
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         yield labels_NAHW.contiguous(memory_format=layout)
+
+
+def _check_classes(classes: Tensor, num_classes: int) -> None:
+    inside = ((classes >= 0) & (classes < num_classes)).all()
+    message = f"a class of DenseTargets is outside [0, {num_classes}): MODEL.RETINANET.NUM_CLASSES"
+    if classes.device.type == "cpu":
+        if not inside:
+            raise ValueError(message)
+    else:
+        torch._assert_async(inside, message)  # kernels would write elsewhere; nothing waits
 
 
 def _level_sums(
@@ -343,12 +359,9 @@ def _weights(loss: ClassificationLoss, num_classes: int, device: torch.device) -
     return weights_2K
 
 
-def _scale(grad: Tensor, ratio_N: Tensor) -> None:
+def _scale(grad: Tensor, ratio_N: Tensor, backend: str) -> None:
     """Multiply each image's gradient in place, where there is something to do."""
-    if grad.device.type == "cpu":
-        if bool((ratio_N != 1).any()):
-            grad.mul_(ratio_N.to(grad.dtype).view(-1, 1, 1, 1))
-    elif grad.is_cuda and not _missing("triton"):
+    if grad.is_cuda and backend != "eager" and not _missing("triton"):
         triton_kernels.scale_in_place(grad, ratio_N)  # decides on the device
-    else:
-        grad.mul_(ratio_N.to(grad.dtype).view(-1, 1, 1, 1))
+    elif grad.device.type != "cpu" or bool((ratio_N != 1).any()):
+        grad.mul_(ratio_N.view(-1, 1, 1, 1))

@@ -53,7 +53,7 @@ def dense_sums(
     sums_N2 = torch.zeros(len(x), 2, dtype=sum_dtype, device=x.device)
     w_neg = _negative_weight(loss, x)
     by_class = isinstance(w_neg, Tensor)
-    scales = list(scale_N) if x.is_cuda else scale_N.tolist()  # no wait for a GPU
+    scales = scale_N.tolist()
     labelled_NAH = (labels != -1).any(dim=3).cpu().numpy()
     for n, a, h in _pieces(x):
         x_piece = x[n, a, :, h].to(compute_dtype(x))  # (A', K, H', W)

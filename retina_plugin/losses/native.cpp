@@ -8,8 +8,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
+
+// A loop is vectorised only if all that it calls is inlined, which compilers may find too long.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace {
 
@@ -23,15 +27,15 @@ struct Terms {
   float value, derivative;  // l and dl/dz at logit z with label 0, that is x_t = -z
 };
 
-inline float select(bool condition, float a, float b) { return condition ? a : b; }
+ALWAYS_INLINE float select(bool condition, float a, float b) { return condition ? a : b; }
 
-inline float from_bits(int32_t bits) {
+ALWAYS_INLINE float from_bits(int32_t bits) {
   float f;
   std::memcpy(&f, &bits, sizeof f);
   return f;
 }
 
-inline int32_t to_bits(float f) {
+ALWAYS_INLINE int32_t to_bits(float f) {
   int32_t bits;
   std::memcpy(&bits, &f, sizeof bits);
   return bits;
@@ -39,12 +43,13 @@ inline int32_t to_bits(float f) {
 
 // exp(y + low) for y <= 0 and a correction |low| << 1; 1e-38 where it would be less.
 // exp(y) = 2^n exp(r), |r| <= ln(2) / 2: minimax of degree 6, relative error 7e-8.
-inline float exp_negative(float y, float low) {
+ALWAYS_INLINE float exp_negative(float y, float low) {
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float bounded = select(y < -87.0f, -87.0f, y);  // NaN stays
   const float n = (bounded * 1.44269504f + shift) - shift;
   float r = std::fma(n, -0.693145752f, bounded);  // ln 2 in two parts, the first with few digits
-  r = std::fma(n, -1.42860677e-6f, r) + low;
+  // an infinite or huge y has a low part that means nothing
+  r = std::fma(n, -1.42860677e-6f, r) + select(y < -87.0f, 0.0f, low);
   float p = 0.001383683760650456f;
   p = std::fma(p, r, 0.008374815806746483f);
   p = std::fma(p, r, 0.04166822507977486f);
@@ -52,11 +57,12 @@ inline float exp_negative(float y, float low) {
   p = std::fma(p, r, 0.49999991059303284f);
   p = std::fma(p, r, 1.0f);
   p = std::fma(p, r, 1.0f);
-  return p * from_bits((static_cast<int32_t>(n) + 127) << 23);
+  const float whole = select(n >= -126.0f, n, 0.0f);  // NaN is no integer; p is NaN then
+  return p * from_bits((static_cast<int32_t>(whole) + 127) << 23);
 }
 
 // log(1 + e) for e in [0, 1]: e times a minimax of degree 9, relative error 1.4e-7.
-inline float log1p_unit(float e) {
+ALWAYS_INLINE float log1p_unit(float e) {
   float p = -0.003243928076699376f;
   p = std::fma(p, e, 0.019851025193929672f);
   p = std::fma(p, e, -0.05695871263742447f);
@@ -71,7 +77,7 @@ inline float log1p_unit(float e) {
 }
 
 template <Kind kind>
-inline Terms terms(float x, const Loss& loss) {
+ALWAYS_INLINE Terms terms(float x, const Loss& loss) {
   float z = x, z_low = 0.0f;
   if (kind == kFocalStar) {  // gamma x - beta and what its rounding lost
     z = std::fma(loss.gamma, x, -loss.beta);
@@ -92,7 +98,7 @@ inline Terms terms(float x, const Loss& loss) {
   } else if (kind == kFocal2) {
     modulating = p * p;
   } else {  // exp(gamma log p), log p = min(z, 0) - log1p(e); the product in two parts
-    const float negative = select(z < 0, z, 0.0f);
+    const float negative = select(z < 0, select(z < -1e30f, -1e30f, z), 0.0f);
     const float high = loss.gamma * negative;
     const float low = std::fma(loss.gamma, negative, -high) - loss.gamma * log1p_e;
     // where low is not small, high is: the sum loses nothing then
@@ -106,12 +112,12 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline float load(const float* x) { return *x; }
-inline float load(const BFloat16* x) { return from_bits(static_cast<int32_t>(x->bits) << 16); }
-inline void store(float* out, float value) { *out = value; }
-inline void store(BFloat16* out, float value) {  // to nearest, ties to even; NaN stays NaN
-  const int32_t bits = to_bits(value);
-  const int32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+ALWAYS_INLINE float load(const float* x) { return *x; }
+ALWAYS_INLINE float load(const BFloat16* x) { return from_bits(static_cast<int32_t>(x->bits) << 16); }
+ALWAYS_INLINE void store(float* out, float value) { *out = value; }
+ALWAYS_INLINE void store(BFloat16* out, float value) {  // to nearest, ties to even; NaN stays NaN
+  const uint32_t bits = static_cast<uint32_t>(to_bits(value));
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
   out->bits = static_cast<uint16_t>((value == value ? rounded : (bits | 0x400000)) >> 16);
 }
 
@@ -134,7 +140,7 @@ struct Job {
 };
 
 // What the entries of a block are: sign is -1 where the label is 1 (l(z) is taken at z = sign x,
-// because x_t = -z), weight is alpha_t, 0 where ignored.
+// because x_t = -z), 1 where it is 0, 0 where the anchor is ignored; weight is alpha_t.
 struct Block {
   std::vector<float> sign, weight;
 
@@ -165,12 +171,12 @@ void run(const T* x, T* grad, int64_t count, const Block& block, const Loss& los
   for (int64_t j = 0; j < count; ++j) {
     const Terms t = terms<kind>(sign[j] * load(x + j), loss);
     // selected, not multiplied: an ignored logit may be infinite or NaN
-    const float value = select(weight[j] == 0, 0.0f, weight[j] * t.value);
+    const float value = select(sign[j] == 0, 0.0f, weight[j] * t.value);
     background += select(sign[j] < 0, 0.0f, value);
     foreground += select(sign[j] < 0, value, 0.0f);
     if (want_grad) {
       const float factor = sign[j] * weight[j] * scale;
-      store(grad + j, select(weight[j] == 0, 0.0f, factor * t.derivative));
+      store(grad + j, select(sign[j] == 0, 0.0f, factor * t.derivative));
     }
   }
   sums.background += background;
@@ -203,7 +209,7 @@ void work_planes(const Job& job, int64_t begin, int64_t end, Sums& sums) {
     for (int64_t start = 0; start < job.places; start += kBlock) {
       const int64_t count = std::min(kBlock, job.places - start);
       const T* x = static_cast<const T*>(job.x) + plane * job.places + start;
-      T* grad = static_cast<T*>(job.grad) + plane * job.places + start;
+      T* grad = want_grad ? static_cast<T*>(job.grad) + plane * job.places + start : nullptr;
       if (background[start / kBlock]) {
         if (!plain) std::fill_n(weight, kBlock, negative);
         plain = true;
@@ -214,8 +220,8 @@ void work_planes(const Job& job, int64_t begin, int64_t end, Sums& sums) {
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
         const int32_t label = labels[start + j];
-        sign[j] = select(label == k, -1.0f, 1.0f);
-        weight[j] = select(label == kIgnored, 0.0f, select(label == k, positive, negative));
+        sign[j] = select(label == kIgnored, 0.0f, select(label == k, -1.0f, 1.0f));
+        weight[j] = select(label == k, positive, negative);
       }
       run<kind, want_grad>(x, grad, count, block, job.loss, job.scale, sums);
     }
@@ -231,7 +237,7 @@ void work_anchors(const Job& job, int64_t begin, int64_t end, Sums& sums) {
   for (int64_t start = begin; start < end; start += step) {
     const int64_t count = std::min(step, end - start);
     const T* x = static_cast<const T*>(job.x) + start * job.classes;
-    T* grad = static_cast<T*>(job.grad) + start * job.classes;
+    T* grad = want_grad ? static_cast<T*>(job.grad) + start * job.classes : nullptr;
     if (!plain) {
       std::fill(block.sign.begin(), block.sign.end(), 1.0f);
       for (int64_t i = 0; i < step; ++i) {
@@ -246,11 +252,12 @@ void work_anchors(const Job& job, int64_t begin, int64_t end, Sums& sums) {
     }
     for (int64_t i = 0; i < count; ++i) {
       const int16_t label = job.labels[start + i];
+      float* sign = block.sign.data() + i * job.classes;
       float* weight = block.weight.data() + i * job.classes;
-      if (label == kIgnored) std::fill_n(weight, job.classes, 0.0f);
+      if (label == kIgnored) std::fill_n(sign, job.classes, 0.0f);
       if (label >= 0) {
         weight[label] = job.weight_pos[label];
-        block.sign[i * job.classes + label] = -1.0f;
+        sign[label] = -1.0f;
       }
     }
     run<kind, want_grad>(x, grad, count * job.classes, block, job.loss, job.scale, sums);
@@ -300,14 +307,22 @@ extern "C" void retina_dense_loss(const void* x, void* grad, const int16_t* labe
   const Job job{x,       grad,   labels,           weight_neg,    weight_pos, anchors,
                 classes, places, channels_last != 0, {gamma, beta}, scale};
   const int64_t units = channels_last ? places * anchors : anchors * classes;
-  std::vector<Sums> parts(threads);
+  // a thread takes as long to start as some ten thousand entries
+  const int64_t parts_wanted = std::min<int64_t>(threads, 1 + anchors * classes * places / 65536);
+  std::vector<Sums> parts(parts_wanted);
   std::vector<std::thread> pool;
-  for (int32_t t = 1; t < threads; ++t) {
-    pool.emplace_back([&, t] {
-      dispatch(kind, job, bfloat16 != 0, units * t / threads, units * (t + 1) / threads, parts[t]);
-    });
+  const auto do_part = [&](int64_t i) {
+    dispatch(kind, job, bfloat16 != 0, units * i / parts_wanted, units * (i + 1) / parts_wanted,
+             parts[i]);
+  };
+  for (int64_t i = 1; i < parts_wanted; ++i) {
+    try {
+      pool.emplace_back(do_part, i);
+    } catch (const std::system_error&) {  // no more threads: this one does it
+      do_part(i);
+    }
   }
-  dispatch(kind, job, bfloat16 != 0, 0, units / threads, parts[0]);
+  do_part(0);
   for (auto& thread : pool) thread.join();
   for (const Sums& part : parts) {  // in order: the same sum every time
     sums[0] += part.background;

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -25,7 +26,7 @@ from retina_plugin.cache import cache_root
 
 from .classification import ClassificationLoss, CrossEntropy, FocalLoss, FocalLossStar
 
-__all__ = ["dense_sums", "kernel_arguments", "supports", "unavailable"]
+__all__ = ["dense_sums", "supports", "unavailable"]
 
 logger = logging.getLogger("retina_plugin")
 
@@ -56,8 +57,8 @@ def unavailable() -> str | None:
     return None
 
 
-def kernel_arguments(loss: ClassificationLoss) -> tuple[str, float, float]:
-    """(kind, gamma, beta) by which the kernels know a loss."""
+def _arguments(loss: ClassificationLoss) -> tuple[str, float, float]:
+    """(kind, gamma, beta) by which the kernel knows a loss."""
     if isinstance(loss, FocalLossStar):
         return "focal_star", loss.gamma, loss.beta
     gamma = loss.gamma if isinstance(loss, FocalLoss) else 0.0
@@ -91,8 +92,8 @@ def dense_sums(
     """
     A, K = labels.shape[1], weights_2K.shape[1]
     places = x.shape[2] * x.shape[3]
-    kind, gamma, beta = kernel_arguments(loss)
-    # a level of one column or row is both; then either order of the entries is right for its labels
+    kind, gamma, beta = _arguments(loss)
+    # a level of one place is in both layouts, and either is right for its labels
     channels_last = not x.is_contiguous()
     sums = torch.zeros(len(x), 2, dtype=torch.float64)
     weights_2K = weights_2K.contiguous()
@@ -127,9 +128,12 @@ def _library() -> ctypes.CDLL:
         RuntimeError: no compiler, or one that fails.
         OSError: a cache that cannot be written, or a library that cannot be loaded.
     """
-    compiler = next(filter(None, map(shutil.which, [os.environ.get("CXX", "c++"), "g++"])), None)
+    named = os.environ.get("CXX")
+    candidates = [shlex.split(named)] if named else [["c++"], ["g++"]]
+    compiler = next((c for c in candidates if c and shutil.which(c[0])), None)
     if compiler is None:
-        raise RuntimeError("no C++ compiler (c++ or g++ on PATH, or the variable CXX)")
+        looked_for = f"the variable CXX is {named}" if named else "c++ or g++ on PATH, or CXX"
+        raise RuntimeError(f"no C++ compiler ({looked_for})")
     library = ctypes.CDLL(str(_build(compiler)))
     pointer, int64, int32, float32 = (
         ctypes.c_void_p,
@@ -143,26 +147,26 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _build(compiler: str) -> Path:
+def _build(compiler: list[str]) -> Path:
     key = hashlib.sha256(_SOURCE.read_bytes())
     # a cache may be shared by machines: code for one's processor may not run on another's
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    key.update("\n".join([compiler, version, *_FLAGS, _processor()]).encode())
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    key.update("\n".join([*compiler, version, *_FLAGS, _processor()]).encode())
     path = cache_root() / f"native-{key.hexdigest()[:16]}.so"
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("Compiling %s with %s", _SOURCE.name, compiler)
+    logger.info("Compiling %s with %s", _SOURCE.name, " ".join(compiler))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         for tuning in _TUNING:
-            command = [compiler, *_FLAGS, *tuning, str(_SOURCE), "-o", str(built)]
+            command = [*compiler, *_FLAGS, *tuning, str(_SOURCE), "-o", str(built)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode == 0:
                 os.replace(built, path)  # at once: another process may be loading it
                 return path
     first = next((line for line in result.stderr.splitlines() if "error" in line), "no message")
-    raise RuntimeError(f"{compiler} cannot compile {_SOURCE.name}: {first}")
+    raise RuntimeError(f"{compiler[0]} cannot compile {_SOURCE.name}: {first}")
 
 
 def _processor() -> str:

@@ -113,7 +113,7 @@ def scale_in_place(grad: Tensor, ratio_N: Tensor) -> None:
         ratio_N: (N,) on the same device, which decides: nothing waits for it.
     """
     if _layout(grad) is None:  # an image is not a run of memory
-        grad.mul_(ratio_N.to(grad.dtype).view(-1, 1, 1, 1))
+        grad.mul_(ratio_N.view(-1, 1, 1, 1))
     elif grad.numel():
         size = grad[0].numel()
         with _on_device_of(grad):

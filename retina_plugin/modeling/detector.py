@@ -15,6 +15,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from retina_plugin.errors import ConfigError
 from retina_plugin.losses import (
     BOX_LOSS_REGISTRY,
     CLS_LOSS_REGISTRY,
@@ -37,7 +38,7 @@ from .shapes import gather_anchors
 
 __all__ = ["FocalRetinaNet"]
 
-_LOG_PERIOD = 20  # of Detectron2's writers
+LOG_PERIOD = 20  # of Detectron2's writers
 
 
 @META_ARCH_REGISTRY.register()
@@ -102,7 +103,12 @@ class FocalRetinaNet(DenseDetector):
         self.inference = inference
         self.box2box_transform = box2box_transform
         self.num_classes = num_classes
-        check_backend(loss_backend)
+        check_backend(loss_backend, here=False)  # to detect with, another machine's will do
+        if loss_in_place and vis_period > 0:
+            raise ConfigError(
+                "MODEL.RETINANET.LOSS_IN_PLACE overwrites the logits that the pictures of "
+                f"VIS_PERIOD {vis_period} are made from: set one of them to False or 0"
+            )
         self.loss_backend, self.loss_in_place = loss_backend, loss_in_place
         self.vis_period = vis_period
         self.input_format = input_format
@@ -160,7 +166,8 @@ class FocalRetinaNet(DenseDetector):
         logits, deltas = predictions
         level_anchors = self.anchor_generator(features)
         anchors_R4 = Boxes.cat(level_anchors).tensor
-        gt_instances, crowds = _split_crowds(gt_instances)
+        wanted = getattr(self.labeler, "ignore_iof_thresh", None) is not None
+        gt_instances, crowds = _split_crowds(gt_instances, wanted)
         targets = self.labeler(
             anchors_R4,
             [x.gt_boxes.tensor for x in gt_instances],
@@ -265,7 +272,7 @@ class FocalRetinaNet(DenseDetector):
         """Scalars for TensorBoard. ``num_pos_anchors`` (mean over images) is Detectron2's name."""
         storage = get_event_storage()
         # each number waits for the accelerator: as often as Detectron2's trainer writes them
-        if anchors[0].device.type != "cpu" and (storage.iter + 1) % _LOG_PERIOD:
+        if anchors[0].device.type != "cpu" and (storage.iter + 1) % LOG_PERIOD:
             return
         num_images = targets.num_images
         ends = torch.tensor([len(a) for a in anchors]).cumsum(0).to(targets.positive_anchor)
@@ -285,10 +292,16 @@ class FocalRetinaNet(DenseDetector):
 
 
 def _split_crowds(
-    gt_instances: list[Instances],
+    gt_instances: list[Instances], wanted: bool
 ) -> tuple[list[Instances], list[Tensor] | None]:
     """Objects, and the boxes of crowds where the dataset mapper has kept them (``gt_ignore``)."""
-    if not all(x.has("gt_ignore") for x in gt_instances):
+    kept = [x.has("gt_ignore") for x in gt_instances]
+    if not wanted and not any(kept):
         return gt_instances, None
+    if not all(kept):
+        raise ConfigError(
+            "MODEL.RETINANET.IGNORE_IOF_THRESH needs the field gt_ignore of each image's "
+            "instances: set INPUT.MAPPER FastMapper, add it in your own mapper, or set it to None"
+        )
     objects = [x[~x.gt_ignore] for x in gt_instances]
     return objects, [x.gt_boxes.tensor[x.gt_ignore] for x in gt_instances]

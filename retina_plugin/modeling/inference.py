@@ -133,12 +133,10 @@ def _sigmoid(x: Tensor) -> Tensor:
 
 
 def _logit_below(score: float) -> float:
-    """A logit whose score is surely not above ``score``, but nearly: no candidate is lost to the
-    rounding of either."""
+    """A logit whose float32 score is surely below ``score``, but nearly."""
+    score = min(score, 1.0) * (1 - 1e-6)
     if score <= 0:
         return -math.inf
-    if score >= 1:
-        return math.inf
     x = math.log(score / (1 - score))
     return x - 1e-3 - 1e-5 * abs(x)
 
@@ -152,11 +150,13 @@ def _highest(logits: Tensor, threshold: float, k: int) -> tuple[Tensor, ...]:
     """
     dim = 2 if logits.stride(2) == 1 else 0  # along memory
     lines = logits.movedim(dim, 2)
-    highest = lines.amax(dim=2)
+    # float: a 16-bit tensor would be compared with the threshold rounded to 16 bits
+    highest = lines.amax(dim=2).float()
     if highest.numel() > k:
-        kth = highest.flatten().topk(k).values[-1].float().sigmoid().item()
-        threshold = max(threshold, _logit_below(kth * (1 - 1e-6)))  # with all that score the same
-    first, second = torch.where(highest > threshold)
-    line, third = torch.where(lines[first, second] > threshold)
+        known = torch.where(highest.isnan(), -torch.inf, highest).flatten()
+        kth = known.topk(k).values[-1].sigmoid().item()
+        threshold = max(threshold, _logit_below(kth))  # with all that score the same
+    first, second = torch.where(~(highest <= threshold))  # a NaN hides the rest of its line
+    line, third = torch.where(lines[first, second].float() > threshold)
     first, second = first[line], second[line]
     return (first, second, third) if dim == 2 else (third, first, second)

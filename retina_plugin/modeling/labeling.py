@@ -95,7 +95,7 @@ class AnchorLabeler:
         )
 
     def _check_classes(self, classes: Tensor) -> None:
-        # On an accelerator the comparison would stall every step; an index error tells there too.
+        # On an accelerator this would wait; there the loss asserts it on the device.
         if classes.device.type == "cpu" and len(classes):
             low, high = int(classes.min()), int(classes.max())
             if low < 0 or high >= self.num_classes:

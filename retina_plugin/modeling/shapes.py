@@ -39,8 +39,9 @@ def gather_anchors(levels: Sequence[Tensor], image: Tensor, anchor: Tensor, dept
         A, H, W = x.shape[1], x.shape[3], x.shape[4]
         index = anchor - start
         here = (index >= 0) & (index < H * W * A)
-        # looked up at 0 where it is of another level: to select would wait for an accelerator
-        index = torch.where(here, index, 0)
+        # of other levels anything is looked up: to select would wait for an accelerator. Not always
+        # the same entry: its gradient would be added up in a queue.
+        index = index % (H * W * A)
         place = index.div(A, rounding_mode="floor")
         row = place.div(W, rounding_mode="floor")
         rows = torch.where(here[:, None], x[image, index % A, :, row, place % W], rows)

@@ -4,8 +4,9 @@
     python -m retina_plugin.tools.benchmark --stage loss matching --device cuda
 
 All contenders of a stage run in this process in turns, round after round, once their results were
-compared. Times are of this process's CPU on one thread (on an accelerator: of the wall clock),
-ratios are medians of the rounds' ratios. Writes a JSON file and pictures.
+compared; each contest says how, and who is not compared. Times are of this process's CPU on one
+thread; on an accelerator, or with more threads, of the wall clock. Ratios are medians of the
+rounds' ratios. Writes a JSON file and pictures.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import platform
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,28 +31,30 @@ from tabulate import tabulate
 
 from retina_plugin.errors import ConfigError
 
-from . import contests, contests_pipeline
+from . import contests, contests_loss, contests_models, contests_pipeline
 from .contests import PEERS, Contest
+from .contests_pipeline import detectron2_is_compiled
 from .paper import load_paper
 
 __all__ = ["Result", "compare", "draw", "main"]
 
 STAGES: dict[str, Callable[[str], Iterator[Contest]]] = {
-    "loss": contests.loss,
+    "loss": contests_loss.loss,
     "matching": contests.matching,
     "postprocess": contests.postprocess,
     "mapper": contests_pipeline.mapper,
     "evaluate": contests_pipeline.evaluate,
-    "train-step": contests_pipeline.train_step,
-    "inference": contests_pipeline.inference,
+    "train-step": contests_models.train_step,
+    "inference": contests_models.inference,
 }
+
+CLOCKS = ("CPU time of the process", "wall clock")
 
 # glibc gives large blocks back at once and the next tensor pays for every page again. That flatters
 # whoever allocates less, which is ours: the heap is kept unless --default-malloc.
 _WARM_HEAP = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 34),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-    "KINETO_LOG_LEVEL": "99",  # the profiler that counts memory reports its starts and stops
 }
 
 
@@ -61,7 +65,7 @@ class Result:
     stage: str
     contest: str
     contender: str
-    milliseconds: float  # median
+    milliseconds: float  # median, of the clock that the machine's part names
     wall_milliseconds: float
     ratio: float | None  # times faster than the first contender, median of the rounds
     ratio_low: float | None
@@ -76,27 +80,27 @@ def compare(contest: Contest, rounds: int, device: str) -> list[Result]:
 
     Args:
         contest: see :class:`Contest`; ``contest.rounds`` bounds ``rounds``.
-        rounds: after one of warm-up.
+        rounds: after one of warm-up; a single round has none, for everything has run by then.
         device: "cpu" or "cuda".
 
     Raises:
         AssertionError: the contenders' results differ by more than the contest allows.
     """
-    agreement = contest.check({name: run() for name, run in contest.contenders.items()})
+    agreement = contest.check(contest.results())
     gc.collect()
     peaks = {
-        name: peak_memory(run, device) if contest.memory else None
-        for name, run in contest.contenders.items()
+        name: peak_memory(contest.ready(name), device) if contest.memory else None
+        for name in contest.contenders
     }
     rounds = min(rounds, contest.rounds)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contest.contenders}
-    for number in range(rounds + 1):
-        for name, run in contest.contenders.items():
-            took = stopwatch(run, device)
-            if number or rounds == 1:  # one long round is its own warm-up: the check has run all
+    warm_up = rounds > 1
+    for number in range(rounds + warm_up):
+        for name in contest.contenders:
+            took = stopwatch(contest.ready(name), device)
+            if number or not warm_up:
                 times[name].append(took)
-    times = {name: taken[-rounds:] for name, taken in times.items()}
-    which = 0 if device == "cpu" else 1
+    which = CLOCKS.index(clock(device))
     base = next(iter(times.values()))
     results = []
     for name, taken in times.items():
@@ -117,6 +121,11 @@ def compare(contest: Contest, rounds: int, device: str) -> list[Result]:
             )
         )
     return results
+
+
+def clock(device: str) -> str:
+    """Whose time is compared: other programs do not touch the CPU's, but threads add up in it."""
+    return CLOCKS[0] if device == "cpu" and torch.get_num_threads() == 1 else CLOCKS[1]
 
 
 def stopwatch(run: Callable[[], Any], device: str) -> tuple[float, float]:
@@ -176,7 +185,7 @@ def draw(results: list[Result], title: str, path: Path) -> None:
     figure = Figure(figsize=(9, 1.2 + 0.27 * len(shown)), layout="constrained")
     axes = figure.subplots()
     labels = [f"{r.stage}, {r.contest}: {r.contender}" for r in shown]
-    colors = ["tab:gray" if r.contender in PEERS else "tab:blue" for r in shown]
+    colors = ["tab:gray" if r.contender.startswith(PEERS) else "tab:blue" for r in shown]
     axes.barh(range(len(shown)), [r.ratio or 0 for r in shown], color=colors, left=0)
     for y, r in enumerate(shown):
         axes.text(r.ratio or 0, y, f" {r.ratio:.1f}", va="center", fontsize=8)
@@ -184,8 +193,8 @@ def draw(results: list[Result], title: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_xlabel("times as fast as Detectron2 (its median time over ours)")
-    axes.set_title(title, fontsize=9)
+    axes.set_xlabel("Detectron2's time over the contender's, median of the rounds' ratios")
+    figure.suptitle(textwrap.fill(title, 110), fontsize=9)
     figure.savefig(path, dpi=120)
 
 
@@ -228,9 +237,11 @@ def machine(device: str, threads: int) -> dict[str, Any]:
     return {
         "device": name,
         "threads": threads,
+        "clock": clock(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
+        "detectron2's compiled parts": "yes" if detectron2_is_compiled() else "no",
         "malloc": "default" if "MALLOC_TRIM_THRESHOLD_" not in os.environ else "heap kept",
     }
 
@@ -273,6 +284,9 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here")
+    for option in ("rounds", "threads"):
+        if getattr(args, option) < 1:
+            raise ConfigError(f"--{option} {getattr(args, option)}: give 1 or more")
     torch.set_num_threads(args.threads)
     about = machine(args.device, args.threads)
     results: list[Result] = []
@@ -294,14 +308,20 @@ def run(args: argparse.Namespace) -> None:
     print(f"{title}\nwrote {path} and pictures beside it")
 
 
+def environment(options: argparse.Namespace) -> dict[str, str]:
+    """What glibc, OpenMP, hotcoco's thread pool and the profiler read when a process starts."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS"), str(options.threads))
+    heap = {} if options.default_malloc else _WARM_HEAP
+    # the profiler, which counts memory, would report its starts and stops
+    return {**threads, **heap, "KINETO_LOG_LEVEL": "99"}
+
+
 if __name__ == "__main__":
-    options = arguments().parse_args()
-    if not options.default_malloc and sys.platform == "linux" and _WARM_HEAP.keys() - os.environ:
-        # glibc and hotcoco's thread pool read theirs when a process starts
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS"), str(options.threads))
+    wanted = environment(arguments().parse_args())
+    if sys.platform == "linux" and not wanted.items() <= os.environ.items():
         os.execve(
             sys.executable,
             [sys.executable, "-m", "retina_plugin.tools.benchmark", *sys.argv[1:]],
-            {**os.environ, **_WARM_HEAP, **threads},
+            {**os.environ, **wanted},
         )
     main()

@@ -1,8 +1,9 @@
-"""What the benchmark compares beside single kernels: data, evaluation, whole steps, inference."""
+"""The benchmark's contests of what surrounds the network: reading images and evaluation."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import random
 import tempfile
@@ -13,38 +14,19 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import DatasetMapper as Detectron2DatasetMapper
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.events import EventStorage
-from torch import nn
 
 from retina_plugin.data import FastMapper
-from retina_plugin.engine import setup_cfg
-from retina_plugin.engine.speed import check_compiler, prepare_model
-from retina_plugin.errors import ConfigError
 from retina_plugin.evaluation import FastCOCOEvaluator
 
 from .contests import Contest
-from .paper import checkout, load_paper
+from .contests_models import Batch, model_cfg
 
-__all__ = ["evaluate", "inference", "mapper", "train_step"]
-
-Batch = list[dict[str, Any]]
-
-
-def model_cfg(name: str, device: str) -> CfgNode:
-    """A row of Table 1e with Detectron2's protocol, so that both models compute the same."""
-    root = checkout()
-    cfg = setup_cfg(str(root / "configs" / f"retina_{name}.yaml"))
-    protocol = root / "configs" / "_base_" / "protocol_detectron2.yaml"
-    cfg.merge_from_other_cfg(CfgNode(CfgNode.load_yaml_with_base(str(protocol))))
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.VIS_PERIOD = device, "", 0
-    return cfg
+__all__ = ["detectron2_is_compiled", "evaluate", "mapper"]
 
 
 # --- data ------------------------------------------------------------------------------------
@@ -133,11 +115,21 @@ def evaluate(device: str, num_images: int = 5000, num_classes: int = 80) -> Iter
         ),
         "ours": evaluator(lambda: FastCOCOEvaluator(name, output_dir=str(output / "ours"))),
     }
-    title = f"{num_images:,} images, {100 * num_images:,} detections, {num_classes} classes"
+    peer = "Detectron2's C++" if detectron2_is_compiled() else "pycocotools"
+    title = f"{100 * num_images:,} detections, {num_classes} classes, against {peer}"
     yield Contest("evaluate", title, contenders, check, rounds=1, memory=False)
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
     folder.cleanup()
+
+
+def detectron2_is_compiled() -> bool:
+    """Whether Detectron2 has its C++ parts here; without them its evaluator is pycocotools'."""
+    try:
+        importlib.import_module("detectron2._C")
+    except ImportError:
+        return False
+    return True
 
 
 def synthetic_coco(
@@ -185,140 +177,3 @@ def synthetic_coco(
     with contextlib.redirect_stdout(None):
         DatasetCatalog.get(name)  # names of the classes
     return inputs, outputs
-
-
-# --- whole models ----------------------------------------------------------------------------
-
-
-def batch_of(num_images: int, height: int, width: int, device: str) -> Batch:
-    torch.manual_seed(0)
-    batch = []
-    for _ in range(num_images):
-        corner = torch.rand(8, 2) * torch.tensor([width, height]) * 0.6
-        size = 16 + torch.rand(8, 2) * torch.tensor([width, height]) * 0.35
-        instances = Instances((height, width))
-        instances.gt_boxes = Boxes(torch.cat([corner, corner + size], dim=1))
-        instances.gt_classes = torch.randint(80, (8,))
-        image = torch.randint(256, (3, height, width), dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances, "height": height, "width": width})
-    return batch
-
-
-def models(
-    name: str, device: str, options: dict[str, dict[str, Any]], train: bool
-) -> dict[str, nn.Module]:
-    """Detectron2's RetinaNet and ours, with the same random weights, by contender."""
-    cfg = model_cfg(name, device)
-    built: dict[str, nn.Module] = {}
-    state = None
-    for contender, option in options.items():
-        cfg.MODEL.META_ARCHITECTURE = (
-            "RetinaNet" if contender.startswith("detectron2") else "FocalRetinaNet"
-        )
-        model = build_model(cfg).train(train)
-        if state is None:
-            torch.manual_seed(0)
-            with torch.no_grad():  # scores as spread as a trained network's, so that some pass
-                model.head.cls_score.weight.normal_(std=0.05)
-            state = {k: v.clone() for k, v in model.state_dict().items()}
-        model.load_state_dict(state)
-        prepare_model(model, **option)
-        built[contender] = model
-    return built
-
-
-def contenders(device: str) -> dict[str, dict[str, Any]]:
-    """Options of ``prepare_model`` by contender; those with "16 bit" run under autocast."""
-    last = {"channels_last": True}
-    options: dict[str, dict[str, Any]] = {
-        "detectron2": {},
-        "detectron2, 16 bit": {},
-        "detectron2, 16 bit channels_last": last,
-        "ours": {},
-        "ours, 16 bit channels_last": last,
-    }
-    with contextlib.suppress(ConfigError):  # without a compiler there is one contender less
-        check_compiler(device)
-        options["ours, 16 bit channels_last compile"] = {**last, "compile_parts": True}
-    return options
-
-
-def autocast(contender: str, device: str) -> Any:
-    return torch.autocast(device, torch.bfloat16, enabled="16 bit" in contender)
-
-
-def train_step(device: str) -> Iterator[Contest]:
-    """Forward and backward of a batch; no optimizer, which is the same for all."""
-    sizes = [("R50", 2, 400, 600)]
-    if device == "cuda":
-        sizes = [("R50", 16, 800, 1333), ("R101", 16, 800, 1333)]
-    for depth, num_images, height, width in sizes:
-        batch = batch_of(num_images, height, width, device)
-        options = contenders(device)
-        built = models(f"{depth}_800", device, options, train=True)
-
-        def step(contender: str, model: nn.Module, batch: Batch = batch) -> Callable[[], Any]:
-            def run() -> dict[str, torch.Tensor]:
-                model.zero_grad(set_to_none=True)
-                with EventStorage(), autocast(contender, device):
-                    losses = model(batch)
-                sum(losses.values()).backward()
-                return {k: v.detach() for k, v in losses.items()}
-
-            return run
-
-        def check(results: dict[str, Any]) -> str:
-            for name, value in results["detectron2"].items():
-                torch.testing.assert_close(results["ours"][name], value, rtol=1e-4, atol=0)
-                for contender, losses in results.items():
-                    if contender.startswith("ours"):
-                        torch.testing.assert_close(losses[name].float(), value, rtol=3e-2, atol=0)
-            return "losses within 1e-4 of Detectron2's in 32 bit, 3e-2 in 16"
-
-        steps = {name: step(name, model) for name, model in built.items()}
-        title = f"{depth}, batch {num_images}, {height} x {width}"
-        yield Contest("train-step", title, steps, check, rounds=5)
-
-
-def inference(device: str) -> Iterator[Contest]:
-    """Image to detections."""
-    batch = batch_of(1, 400, 600, device)
-    options = contenders(device)
-    built = models("R50_400", device, options, train=False)
-
-    def detect(contender: str, model: nn.Module) -> Callable[[], Any]:
-        def run() -> Instances:
-            with torch.no_grad(), autocast(contender, device):
-                return model(batch)[0]["instances"]
-
-        return run
-
-    def check(results: dict[str, Any]) -> str:
-        expected, got = results["detectron2"], results["ours"]
-        assert len(got) == len(expected) > 0
-        torch.testing.assert_close(got.scores, expected.scores, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(
-            got.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-4, atol=1e-2
-        )
-        assert torch.equal(got.pred_classes, expected.pred_classes)
-        return f"{len(got)} detections, the same as Detectron2's in 32 bit"
-
-    runs = {name: detect(name, model) for name, model in built.items()}
-    yield Contest("inference", "R50, 1 image, 400 x 600", runs, check)
-    del built, runs
-    yield from table1e(device)
-
-
-def table1e(device: str) -> Iterator[Contest]:
-    """The time of an image by depth and scale, as in Table 1e and Figure 2."""
-    for row in load_paper()["1e"].rows:
-        depth, scale = row.name.split("-")
-        height, width = int(scale), round(int(scale) * 4 / 3)  # most of COCO is 640 x 480
-        batch = batch_of(1, height, width, device)
-        model = models(f"{depth}_{scale}", device, {"ours": {}}, train=False)["ours"]
-
-        def run(model: nn.Module = model, batch: Batch = batch) -> Any:
-            with torch.no_grad():
-                return model(batch)
-
-        yield Contest("inference", row.name, {"ours": run}, lambda results: "", rounds=3)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from retina_plugin.engine import check_weights, setup_cfg
 from retina_plugin.engine.report import read_metrics
 from retina_plugin.errors import ConfigError
 
@@ -184,6 +185,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{run.key}  {run.max_iter} it  {', '.join(run.rows)}\n    {' '.join(run.opts)}")
     if args.dry_run:
         return 0
+    if todo:  # here and once: the runs would all fetch or make them
+        try:
+            check_weights(setup_cfg(str(todo[0].config), todo[0].opts))
+        except ConfigError as error:
+            sys.exit(f"error: {error}")
     failed = execute(todo, args.scale, jobs, args.output.resolve(), results)
     for run in runs:
         if run.key in results.runs(args.scale):

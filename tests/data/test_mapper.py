@@ -12,6 +12,7 @@ from detectron2.data import DatasetMapper as Detectron2DatasetMapper
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -275,6 +276,41 @@ def test_half_a_jpeg_is_not_taken_for_a_whole_one(write, monkeypatch):
         read_image(write(data[: len(data) // 2]), "BGR")
 
 
+@pytest.mark.parametrize("name", ["FastMapper", "DatasetMapper"])
+def test_a_format_that_is_not_there(tiny_cfg, name):
+    """Is the key's fault, not that of the first image; Pillow's modes are there."""
+    tiny_cfg.INPUT.MAPPER = name
+    for image_format in ("BGR", "RGB", "YUV-BT.601", "L", "CMYK"):
+        tiny_cfg.INPUT.FORMAT = image_format
+        DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)
+    tiny_cfg.INPUT.FORMAT = "GBR"
+    with pytest.raises(ConfigError, match="INPUT.FORMAT: no 'GBR'; set BGR"):
+        DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)
+
+
+def test_other_files_are_read_once(write, monkeypatch):
+    """Of a PNG, which Detectron2's reader opens, only the first bytes are looked at before."""
+    opened, sizes = PathManager.open, []
+
+    class Counting(io.BytesIO):
+        def read(self, size=-1):
+            data = super().read(size)
+            sizes.append(len(data))
+            return data
+
+    def counting(path, mode):
+        with opened(path, mode) as file:
+            return Counting(file.read())
+
+    png = encode(photo(), "PNG")
+    path = write(png)
+    with monkeypatch.context() as patch:
+        patch.setattr(PathManager, "open", counting)
+        patch.setattr(detection_utils, "read_image", lambda *_: "Detectron2's")
+        assert read_image(path, "BGR") == "Detectron2's"
+    assert sum(sizes) < 20
+
+
 @pytest.mark.parametrize("broken", ["missing", "empty", "text", "half a JPEG", "half a PNG"])
 def test_an_image_that_cannot_be_read(tiny_cfg, write, tmp_path, broken):
     """One line with the file's name; half an image isn't taken for a whole one."""
@@ -302,7 +338,7 @@ def test_an_image_of_another_size(tiny_cfg, record):
 
 
 @pytest.mark.parametrize(
-    "kind", ["integers", "a box of integers", "xyxy", "arrays", "none", "tuples"]
+    "kind", ["integers", "a box of integers", "corners", "arrays", "none", "tuples"]
 )
 def test_boxes_of_any_kind(tiny_cfg, record, kind):
     """Integers, corners, arrays and no boxes at all go as they go in Detectron2."""

@@ -244,24 +244,29 @@ def test_p6_source_that_is_not_read(tiny_cfg):
         ),
         (
             ["MODEL.RETINANET.LOSS_IN_PLACE", True, "MODEL.RETINANET.SAMPLER", "OHEM"],
-            "MODEL.RETINANET.LOSS_IN_PLACE overwrites the logits that MODEL.RETINANET.SAMPLER OHEM "
-            "reads: set LOSS_IN_PLACE False",
+            "MODEL.RETINANET.LOSS_IN_PLACE has no effect with MODEL.RETINANET.SAMPLER OHEM, whose "
+            "loss is that of a few anchors: set LOSS_IN_PLACE False",
         ),
         (
             ["MODEL.RETINANET.LOSS_IN_PLACE", True, "SOLVER.AMP.ENABLED", True],
             "MODEL.RETINANET.LOSS_IN_PLACE writes gradients that are not scaled yet, which "
             "SOLVER.AMP.PRECISION float16 cannot hold: set it to bfloat16, or LOSS_IN_PLACE False",
         ),
-        (
-            ["MODEL.RETINANET.LOSS_IN_PLACE", True, "VIS_PERIOD", 5],
-            "MODEL.RETINANET.LOSS_IN_PLACE overwrites the logits that VIS_PERIOD 5 draws: set "
-            "VIS_PERIOD 0 or LOSS_IN_PLACE False",
-        ),
     ],
 )
 def test_options_of_training_that_cannot_be(tiny_cfg, overrides, line):
     """One line with the keys; evaluation does not mind."""
     tiny_cfg.merge_from_list(overrides)
+    assert message(check_config, tiny_cfg) == line
+    check_config(tiny_cfg, eval_only=True)
+
+
+def test_a_loss_backend_that_cannot_be_had(tiny_cfg, monkeypatch):
+    """Said before a model is built, by a training; evaluation has no loss."""
+    monkeypatch.setattr("retina_plugin.losses.dense._obstacle", lambda name: "no C++ compiler")
+    check_config(tiny_cfg)
+    tiny_cfg.MODEL.RETINANET.LOSS_BACKEND = "native"
+    line = "MODEL.RETINANET.LOSS_BACKEND native is not available: no C++ compiler; set it to auto"
     assert message(check_config, tiny_cfg) == line
     check_config(tiny_cfg, eval_only=True)
 

@@ -6,18 +6,20 @@ import itertools
 import pytest
 import torch
 import torch.distributed
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from retina_plugin.engine.distributed import make_ddp_model
+from retina_plugin.engine.loss_log import LossLog
 from retina_plugin.engine.recompute import checkpoint_activations
 from retina_plugin.engine.step import StepTrainer
 from retina_plugin.errors import ConfigError
 
-# name -> options of make_ddp_model, of the trainer, and whether activations are recomputed
+# name -> options of make_ddp_model, of the trainer, and whether activations are recomputed; a name
+# with "compiled" is that of a compiled head
 CASES = {
     "plain": ({}, {}, False),
     "static graph": ({"static_graph": True}, {}, False),
@@ -29,6 +31,8 @@ CASES = {
         True,
     ),
     "accumulated": ({"gradient_as_bucket_view": True}, {"passes": 2}, True),
+    "compiled": ({}, {}, False),
+    "compiled recomputed": ({"gradient_as_bucket_view": True}, {}, True),
     "float16": ({"compression": "float16"}, {}, False),
     "bfloat16": ({"compression": "bfloat16"}, {}, False),
     "bfloat16 static graph": (
@@ -58,12 +62,14 @@ class Gradients(HookBase):
         self.steps.append([p.grad.clone() for p in self.model.parameters()])
 
 
-def gradients(model, rank, ddp, options, recomputed):
+def gradients(model, rank, ddp, options, recomputed, compiled=False):
     """Of three steps."""
     generator = torch.Generator().manual_seed(rank)
     data = [list(torch.rand(4, 6, generator=generator)) for _ in range(3)]
     if recomputed:
         checkpoint_activations(nn.Identity(), model.head)
+    if compiled:
+        model.head[0].compile(backend="eager", dynamic=True)  # as prepare_model does
     model = make_ddp_model(model, on_cpu=True, **ddp)
     assert isinstance(model, DistributedDataParallel)
     for option in ("static_graph", "gradient_as_bucket_view"):
@@ -77,13 +83,39 @@ def gradients(model, rank, ddp, options, recomputed):
     return hook.steps
 
 
+class Immediately:
+    """Detectron2's way of logging, behind :class:`LossLog`'s methods."""
+
+    def add(self, iteration, losses, data_time):
+        SimpleTrainer.write_metrics(losses, data_time, iteration)
+
+    def write(self):
+        pass
+
+
+def logged(rank, losses):
+    """Three iterations by name: [(value, iteration)]."""
+    with EventStorage() as storage:
+        for storage.iter in range(3):
+            values = torch.rand(
+                2, generator=torch.Generator().manual_seed(10 * rank + storage.iter)
+            )
+            names = ("loss_a", "loss_b")
+            losses.add(storage.iter, dict(zip(names, values)), float(rank + storage.iter))
+        losses.write()
+        losses.write()  # there is nothing left
+        assert storage.iter == 2
+        return {name: history.values() for name, history in storage.histories().items()}
+
+
 def _run(rank, store, results):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     torch.manual_seed(0)
     model = Model()
     for name, case in CASES.items():
-        results[rank, name] = gradients(copy.deepcopy(model), rank, *case)
+        compiled = name.startswith("compiled")
+        results[rank, name] = gradients(copy.deepcopy(model), rank, *case, compiled)
     buckets = []
 
     def counting(state, bucket):
@@ -93,6 +125,8 @@ def _run(rank, store, results):
     hook, default_hooks.fp16_compress_hook = default_hooks.fp16_compress_hook, counting
     gradients(model, rank, {"compression": "float16"}, {"passes": 2}, False)
     results[rank, "exchanges"] = len(buckets)
+    results[rank, "log"] = logged(rank, LossLog())
+    results[rank, "log of Detectron2"] = logged(rank, Immediately())
     torch.distributed.destroy_process_group()
 
 
@@ -129,6 +163,14 @@ def test_gradients_are_exchanged_once_a_step(results):
     assert results[0, "exchanges"] == results[1, "exchanges"] == 3
 
 
+def test_the_log_of_several_iterations_is_detectron2s(results):
+    """Means over the processes and the longest wait, in the first; each one's own wait in both."""
+    for rank in (0, 1):
+        assert results[rank, "log"] == results[rank, "log of Detectron2"]
+    assert len(results[0, "log"]["total_loss"]) == 3
+    assert results[1, "log"].keys() == {"rank_data_time"}
+
+
 def test_one_process_has_no_ddp():
     """The model itself, whatever the options."""
     model = nn.Linear(2, 2)
@@ -139,6 +181,12 @@ def test_unknown_compression():
     """Lists the known ones."""
     with pytest.raises(ConfigError, match="COMPRESSION: no 'int8'; known: none, float16, bfloat16"):
         make_ddp_model(nn.Linear(2, 2), compression="int8")
+
+
+def test_a_static_graph_has_one_pass():
+    """Whoever makes the model: PyTorch's own error would come in the second iteration."""
+    with pytest.raises(ConfigError, match="STATIC_GRAPH with SOLVER.ACCUMULATE > 1 is not support"):
+        make_ddp_model(nn.Linear(2, 2), static_graph=True, passes=2)
 
 
 def test_a_pytorch_that_cannot_send_bfloat16(monkeypatch):

@@ -34,6 +34,14 @@ def test_autocast_of_a_forward_pass(dtype):
     assert probe.conv(torch.rand(1, 1, 2, 2)).dtype == torch.float32
 
 
+def test_float32_changes_nothing():
+    """Neither does it switch off the autocast of a caller."""
+    probe = Probe().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        Autocast(probe, "cpu", torch.float32)([1])
+    assert probe.seen == [(torch.bfloat16, False)]
+
+
 @pytest.fixture
 def evaluated(tiny_cfg, monkeypatch):
     """What ``Trainer.test`` and the sheet see in their model and in their evaluator."""

@@ -409,15 +409,35 @@ def test_no_compiler(monkeypatch):
 
 
 def test_the_trainer_reads_the_keys(tiny_cfg, monkeypatch):
-    """Each key reaches its argument; training and evaluation build the same model."""
+    """Each key reaches its argument; checkpointing is for a model that is trained."""
     seen = []
     monkeypatch.setattr("retina_plugin.engine.trainer.prepare_model", lambda m, **o: seen.append(o))
     Trainer.build_model(tiny_cfg)
     tiny_cfg.MODEL.CHANNELS_LAST = tiny_cfg.MODEL.COMPILE = True
     tiny_cfg.MODEL.ACTIVATION_CHECKPOINTING, tiny_cfg.INPUT.PAD_DIVISOR = True, 64
-    Trainer.build_model(tiny_cfg)
-    names = ("channels_last", "compile_parts", "activation_checkpointing", "pad_divisor")
+    Trainer(tiny_cfg)
+    names = ("channels_last", "compile_parts", "pad_divisor")
     assert seen == [
-        dict(zip(names, (False, False, False, 0))),
-        dict(zip(names, (True, True, True, 64))),
+        dict(zip(names, (False, False, 0))),
+        dict(zip(names, (True, True, 64))),
+        {"activation_checkpointing": True},
     ]
+
+
+def test_evaluation_has_no_limits_of_training(tiny_cfg):
+    """Batch norm, compiled and recomputed, cannot be trained, but it can be evaluated."""
+    assert tiny_cfg.MODEL.RESNETS.NORM == "BN"
+    tiny_cfg.MODEL.COMPILE = tiny_cfg.MODEL.ACTIVATION_CHECKPOINTING = True
+    Trainer.build_model(tiny_cfg)
+    with pytest.raises(ConfigError, match="cannot train batch norm"):
+        Trainer(tiny_cfg)
+
+
+def test_options_may_come_one_after_the_other(detector):
+    """Checkpointing of a compiled model: the plain model's losses and gradients."""
+    plain, model = detector(), detector(compile_parts=True, compile_backend="eager", pad_divisor=32)
+    prepare_model(model, activation_checkpointing=True)
+    losses, gradients = step(model, batch())
+    expected_losses, expected_gradients = step(plain, batch())
+    assert_same(losses, expected_losses, FLOAT32)
+    assert_same(gradients, expected_gradients, FLOAT32)

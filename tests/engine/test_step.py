@@ -8,9 +8,10 @@ from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
+from retina_plugin.engine.loss_log import LossLog
 from retina_plugin.engine.precision import make_grad_scaler
 from retina_plugin.engine.step import StepTrainer
 from retina_plugin.errors import ConfigError
@@ -42,10 +43,12 @@ def batches(number=3, size=4):
     return [list(torch.rand(size, 6, generator=generator)) for _ in range(number)]
 
 
-def train(trainer_class, model, data, **options):
+def train(trainer_class, model, data, end=None, **options):
     """The trainer and its storage after a step for each batch."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     trainer = trainer_class(model, data, optimizer, **options)
+    if end is not None:
+        trainer.max_iter = end
     with EventStorage() as storage:
         for trainer.iter in range(len(data)):
             storage.iter = trainer.iter
@@ -205,13 +208,61 @@ def test_hooks_after_the_backward_pass(model):
     assert torch.equal(hook.weight, before)
 
 
-def test_a_log_period_leaves_out_logs_and_nothing_else(model):
-    """Every third iteration has the losses that it would have had; the weights are the same."""
+@pytest.mark.parametrize("period", [3, 20])
+def test_a_log_period_is_when_logs_are_written(model, period, monkeypatch):
+    """All iterations are logged, few times, those after the last period too; weights are equal."""
     data = batches(number=7)
     every = copy.deepcopy(model)
-    _, all_logs = train(StepTrainer, every, data)
-    _, some_logs = train(StepTrainer, model, data, log_period=3)
-    for name, values in log(some_logs).items():
-        assert [i for _, i in values] == [2, 5]
-        assert values == [v for v in log(all_logs)[name] if v[1] in (2, 5)]
+    _, expected = train(StepTrainer, every, data, end=7)
+    written = []
+    write = LossLog.write
+
+    def watched(self):
+        written.append(get_event_storage().iter)
+        write(self)
+
+    monkeypatch.setattr(LossLog, "write", watched)
+    _, storage = train(StepTrainer, model, data, end=7, log_period=period)
+    assert written == ([2, 5, 6] if period == 3 else [6])
+    assert log(storage) == log(expected) and len(log(storage)["loss_a"]) == 7
+    assert len(storage.history("data_time").values()) == 7
+    assert storage.iter == 6
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), every.parameters()))
+
+
+def test_detectron2s_own_loop_says_where_the_end_is(model):
+    """Without a trainer around it."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = StepTrainer(model, batches(4), optimizer, log_period=3)
+    trainer.train(0, 4)
+    assert [i for _, i in trainer.storage.history("total_loss").values()] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("bad", [3, 6])
+def test_the_first_loss_that_is_not_finite_is_named(model, bad):
+    """Within a period, and after the last whole one; what came before it is logged."""
+    data = batches(number=7)
+    data[bad][1] = torch.full((6,), torch.inf)
+    with EventStorage() as storage:
+        trainer = StepTrainer(model, data, torch.optim.SGD(model.parameters(), 0.1), log_period=5)
+        trainer.max_iter = 7
+        with pytest.raises(FloatingPointError, match=f"iteration={bad}"):
+            for trainer.iter in range(7):
+                storage.iter = trainer.iter
+                trainer.run_step()
+    assert trainer.iter == (4 if bad == 3 else 6)
+    assert [i for _, i in storage.history("total_loss").values()] == list(range(bad))
+
+
+def test_each_pass_is_a_whole_backward_pass(model):
+    """The loss's own factor, which its kernel has written already, isn't changed by ACCUMULATE."""
+    factors, forward = [], model.forward
+
+    def watched(batch):
+        losses = forward(batch)
+        losses["loss_a"].register_hook(lambda grad: factors.append(grad.item()))
+        return losses
+
+    model.forward = watched
+    train(StepTrainer, model, batches(1), passes=4)
+    assert factors == [1.0] * 4

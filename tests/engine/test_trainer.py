@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -313,14 +314,46 @@ def test_the_keys_of_the_solver_reach_the_step(tiny_cfg, one_batch, monkeypatch)
     tiny_cfg.SOLVER.DDP.COMPRESSION = "bfloat16"
     fast = Trainer(tiny_cfg)._trainer
     assert (fast.passes, fast.precision, fast.grad_scaler) == (2, torch.bfloat16, None)
-    names = ("on_cpu", "static_graph", "gradient_as_bucket_view", "compression")
+    names = ("on_cpu", "static_graph", "gradient_as_bucket_view", "compression", "passes")
     assert seen == [
-        dict(zip(names, (True, False, False, "none"))),
-        dict(zip(names, (True, True, True, "bfloat16"))),
+        dict(zip(names, (True, False, False, "none", 1))),
+        dict(zip(names, (True, True, True, "bfloat16", 2))),
     ]
     tiny_cfg.SOLVER.AMP.PRECISION = "float16"
     with pytest.raises(ConfigError, match="PRECISION float16 needs a GPU"):
         Trainer(tiny_cfg)
+
+
+def test_a_run_shorter_than_the_log_period(tiny_cfg, one_batch):
+    """As on a GPU: the same numbers as with a log of each iteration, and a NaN is not missed."""
+    written = []
+    for period in (1, 20):
+        tiny_cfg.OUTPUT_DIR += f"_{period}"
+        Path(tiny_cfg.OUTPUT_DIR).mkdir()
+        torch.manual_seed(0)
+        trainer = Trainer(tiny_cfg)
+        trainer._trainer.log_period = period
+        trainer.train()
+        lines = (Path(tiny_cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()
+        written.append({k: v for line in lines for k, v in json.loads(line).items()})
+        assert [i for _, i in trainer.storage.history("total_loss").values()] == [0, 1]
+    for name in ("total_loss", "loss_cls", "loss_box_reg", "num_pos_anchors"):
+        assert written[0][name] == written[1][name]
+    trainer = Trainer(tiny_cfg)
+    trainer._trainer.log_period = 20
+    torch.nn.init.constant_(trainer.model.head.cls_score.bias, torch.nan)
+    with pytest.raises(FloatingPointError, match="iteration=0"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_where_nobody_has_set_up_the_log(tiny_cfg, one_batch, monkeypatch, quiet):
+    """In a notebook: Detectron2's lines are shown; a log that is there is left alone."""
+    calls = []
+    monkeypatch.setattr("retina_plugin.engine.trainer.setup_logger", lambda: calls.append(1))
+    logging.getLogger("detectron2").setLevel(logging.WARNING if quiet else logging.INFO)
+    Trainer(tiny_cfg)
+    assert len(calls) == quiet
 
 
 @pytest.mark.parametrize("name", ["FastMapper", "DatasetMapper"])

@@ -8,7 +8,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -83,7 +83,7 @@ def evaluate(request, monkeypatch):
     """evaluate(dataset, folder, inputs, outputs) -> results, by each evaluator."""
     if request.param.endswith("nothing fast"):
         monkeypatch.setattr(coco, "hotcoco", None)
-        monkeypatch.setattr(coco, "orjson", None)
+        monkeypatch.setattr("retina_plugin.evaluation.detections.orjson", None)
     cls = EVALUATOR_REGISTRY.get(request.param.partition(",")[0])
 
     def run(dataset, out, inputs, outputs):
@@ -183,3 +183,43 @@ def test_an_evaluator_that_does_not_exist(tiny_cfg):
     tiny_cfg.TEST.EVALUATOR = "CocoEvaluator"
     with pytest.raises(ConfigError, match=r"TEST\.EVALUATOR: .*'CocoEvaluator'.*COCOEvaluator"):
         Trainer.build_evaluator(tiny_cfg, "digits_scenes_val")
+
+
+def boxes_in_detectron2s_format():
+    """The records of :func:`ground_truth`, with one crowd."""
+    records = []
+    for image in range(1, 9):
+        record = {"image_id": image, "file_name": f"{image}.png", "height": SIZE, "width": SIZE}
+        record["annotations"] = [
+            {
+                "bbox": a["bbox"],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": CATEGORIES.index(a["category_id"]),
+                "iscrowd": int(a["id"] == 5),
+            }
+            for a in ground_truth()
+            if a["image_id"] == image
+        ]
+        records.append(record)
+    return records
+
+
+def test_a_dataset_in_detectron2s_format(tmp_path, caplog):
+    """Registered without a COCO file: pycocotools' numbers, by hotcoco where it is installed."""
+    DatasetCatalog.register(NAME, boxes_in_detectron2s_format)
+    MetadataCatalog.get(NAME).set(thing_classes=[f"class {c}" for c in CATEGORIES])
+    caplog.set_level("INFO", "retina_plugin")
+    annotations = ground_truth()[::2]
+    found = detections(annotations, np.linspace(0.1, 1, len(annotations)).tolist(), shift=2.0)
+    results = []
+    try:
+        for cls in (FastCOCOEvaluator, COCOEvaluator):
+            evaluator = cls(**cls.from_config(None, NAME, str(tmp_path)))
+            evaluator.reset()
+            evaluator.process(*found)
+            results.append(evaluator.evaluate()["bbox"])
+    finally:
+        DatasetCatalog.remove(NAME)
+        MetadataCatalog.pop(NAME)
+    assert results[0] == results[1] and 5 < results[0]["AP"] < 95
+    assert f"Evaluating with {'hotcoco' if coco.hotcoco else 'pycocotools'}" in caplog.text

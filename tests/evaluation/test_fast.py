@@ -15,6 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from retina_plugin.errors import ConfigError
 from retina_plugin.evaluation import COCOEvaluator, FastCOCOEvaluator, coco
+from retina_plugin.evaluation.detections import optional, orjson
 
 NAME = "test_fast_evaluator"
 HOTCOCO = coco.hotcoco
@@ -161,8 +162,8 @@ def test_all_statistics_and_arrays(dataset, most):
 def test_the_file_is_detectron2s(dataset, tmp_path, monkeypatch, with_orjson):
     """The same list of results, number by number; NaN is written as Detectron2 writes it."""
     if not with_orjson:
-        monkeypatch.setattr(coco, "orjson", None)
-    elif coco.orjson is None:
+        monkeypatch.setattr("retina_plugin.evaluation.detections.orjson", None)
+    elif orjson is None:
         pytest.skip("the extra 'fast' is not installed")
     contents, detections = scenes(1, ties=False)
     del contents["annotations"]  # as test-dev: the file is the result
@@ -199,6 +200,10 @@ def names_as_ids(monkeypatch, contents, detections):
     detections[:] = [(f"image {image}", instances) for image, instances in detections]
 
 
+def one_id_twice(monkeypatch, contents, detections):
+    contents["annotations"][1]["id"] = contents["annotations"][0]["id"]
+
+
 def not_a_number(monkeypatch, contents, detections):
     detections[0][1].scores[0] = torch.nan
 
@@ -206,9 +211,10 @@ def not_a_number(monkeypatch, contents, detections):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (not_installed, "hotcoco is not installed, pip install"),
+        (not_installed, "`import hotcoco` fails, pip install"),
         pytest.param(id_zero, "an annotation has id 0", marks=needs_hotcoco),
         pytest.param(names_as_ids, "ids are not whole numbers", marks=needs_hotcoco),
+        pytest.param(one_id_twice, "two annotations have one id", marks=needs_hotcoco),
         pytest.param(not_a_number, "a detection isn't finite", marks=needs_hotcoco),
     ],
 )
@@ -224,7 +230,41 @@ def test_pycocotools_where_hotcoco_would_not_do(dataset, monkeypatch, caplog, ch
     assert_equal(results, expected)
 
 
-@pytest.mark.parametrize("missing", ["area", "iscrowd"])
+@needs_hotcoco
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"info": "a text", "licenses": None},
+        {"licenses": [{"id": "CC", "url": None}]},
+        {"images": {"file_name": None, "license": "CC", "height": "200"}},
+        {"annotations": {"segmentation": None, "keypoints": "none", "iscrowd": True}},
+        {"categories": {"name": None, "supercategory": 5, "keypoints": None}},
+    ],
+)
+def test_files_that_only_pycocotools_reads(dataset, caplog, odd):
+    """What matching doesn't read may be anything: hotcoco never sees it."""
+    contents, detections = scenes(4)
+    for key, value in odd.items():
+        if key in ("info", "licenses"):
+            contents[key] = value
+        else:
+            contents[key][0] |= value
+    dataset(contents)
+    caplog.set_level(logging.INFO, "retina_plugin")
+    results = evaluator_of(FastCOCOEvaluator, detections).evaluate()
+    assert "Evaluating with hotcoco" in caplog.text
+    assert_equal(results, evaluator_of(COCOEvaluator, detections, use_fast_impl=False).evaluate())
+
+
+def test_a_broken_extra_is_like_none(tmp_path, monkeypatch):
+    """A compiled module of another system raises ImportError: importing us must not."""
+    (tmp_path / "of_another_system.py").write_text("raise ImportError('GLIBC_2.99 not found')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert optional("of_another_system") is None and optional("not_there_at_all") is None
+    assert optional("json") is json
+
+
+@pytest.mark.parametrize("missing", ["bbox", "area", "iscrowd"])
 def test_an_incomplete_annotation_is_not_guessed_at(dataset, missing):
     """It is pycocotools' error, with the field's name."""
     contents, detections = scenes(2)
@@ -232,6 +272,20 @@ def test_an_incomplete_annotation_is_not_guessed_at(dataset, missing):
     dataset(contents)
     with pytest.raises(KeyError, match=missing):
         evaluator_of(FastCOCOEvaluator, detections).evaluate()
+
+
+def test_what_is_not_evaluated_may_be_incomplete(dataset):
+    """A box that is missing in an image that isn't asked for: pycocotools doesn't look at it."""
+    contents, detections = scenes(2)
+    first = contents["annotations"][0]
+    del first["bbox"]
+    dataset(contents)
+    wanted = [image["id"] for image in contents["images"] if image["id"] != first["image_id"]]
+    results = [
+        evaluator_of(cls, detections, **options).evaluate(img_ids=wanted)
+        for cls, options in ((FastCOCOEvaluator, {}), (COCOEvaluator, {"use_fast_impl": False}))
+    ]
+    assert_equal(*results)
 
 
 def test_use_fast_false_is_pycocotools(dataset, caplog):

@@ -19,6 +19,7 @@ from retina_plugin.losses import (
     eager,
     native,
     sampled_classification_loss,
+    triton_kernels,
 )
 from retina_plugin.modeling.shapes import gather_anchors
 
@@ -389,13 +390,17 @@ def test_what_cannot_be_done_in_place():
         dense_classification_loss(half, targets, FocalLoss(), K, in_place=True)
 
 
-def test_backends_that_do_not_exist_or_cannot():
+def test_backends_that_do_not_exist_or_cannot(monkeypatch):
     """One line each, with what is known or what to set."""
+    monkeypatch.setattr(triton_kernels, "unavailable", lambda: "no device")
+    forget_kernels()
     logits, targets = random_logits(torch.float64), random_targets()
     with pytest.raises(ConfigError, match="no 'cuda'; known: auto, eager, native, triton"):
         check_backend("cuda")
     with pytest.raises(ConfigError, match="LOSS_BACKEND triton is not available: .*set it to auto"):
         dense_classification_loss(logits, targets, FocalLoss(), K, backend="triton")
+    check_backend("triton", here=False)  # elsewhere it may be
+    forget_kernels()
 
 
 @needs_compiler
@@ -442,7 +447,7 @@ def test_a_kernel_that_is_wrong_is_not_used(monkeypatch, what):
 
 def test_no_compiler_is_said_once_and_eager_does_it(monkeypatch, caplog):
     """Without a kernel "auto" gives the same numbers, and the log tells why it is slower."""
-    reason = "no C++ compiler (c++ or g++ on PATH, or the variable CXX)"
+    reason = "no C++ compiler (c++ or g++ on PATH, or CXX)"
     monkeypatch.setattr(native, "unavailable", lambda: reason)
     monkeypatch.setattr(native, "dense_sums", None)
     forget_kernels()
@@ -456,20 +461,86 @@ def test_no_compiler_is_said_once_and_eager_does_it(monkeypatch, caplog):
     ]
 
 
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @needs_compiler
-@pytest.mark.parametrize("threads", [2, 7])
-def test_native_does_not_depend_on_the_threads(threads):
-    """More threads than units of work too; the gradient to the bit."""
-    targets, results = random_targets(), []
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("threads", [2, 7, 16])  # planes to share: 10
+def test_native_does_not_depend_on_the_threads(set_threads, threads, channels_last):
+    """The sums to their last digits, the gradient to the bit."""
+    torch.manual_seed(0)
+    none = torch.zeros(0, dtype=torch.int64)
+    targets = DenseTargets(1, none, none, none, torch.zeros(0, 4), none, none)
+    x = torch.randn(1, A * K, 400, 300) - 2  # each thread wants 65,536 entries at least
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    results = []
     for number in (1, threads):
-        torch.set_num_threads(number)
-        logits = random_logits()
-        total = dense_classification_loss(logits, targets, FocalLoss(), K, backend="native").total
+        set_threads(number)
+        leaf = x.clone().requires_grad_()
+        total = dense_classification_loss([leaf], targets, FocalLoss(), K, backend="native").total
         total.sum().backward()
-        results.append((total.detach(), [x.grad for x in logits]))
-    torch.set_num_threads(1)
+        results.append((total.detach(), leaf.grad))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-7, atol=0)
-    assert all(torch.equal(x, y) for x, y in zip(results[0][1], results[1][1]))
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("wrong", [-1, K, 70000])
+@each_backend
+def test_a_class_that_does_not_exist_is_refused(channels_last, wrong, backend):
+    """Before anything is written where another class is, or nothing."""
+    logits, targets = random_logits(channels_last=channels_last), random_targets()
+    targets.positive_class[3] = wrong
+    with pytest.raises(ValueError, match=r"outside \[0, 5\): MODEL.RETINANET.NUM_CLASSES"):
+        dense_classification_loss(logits, targets, FocalLoss(), K, backend=backend)
+
+
+@each_backend
+def test_16_bit_gradients_are_not_scaled_by_a_rounded_factor(backend):
+    """1/3 in bfloat16 is .2 % off, and so would the sum of the gradients be."""
+    torch.manual_seed(0)
+    x = (torch.randn(1, 8, 50, 50) - 2).bfloat16().requires_grad_()
+    none = torch.zeros(0, dtype=torch.int64)
+    targets = DenseTargets(1, none, none, none, torch.zeros(0, 4), none, none)
+    total = dense_classification_loss([x], targets, FocalLoss(), 8, backend=backend).total
+    (total / 3).sum().backward()
+    leaf = x.detach().double().requires_grad_()
+    (0.75 * focal(-leaf, 2.0).sum() / 3).backward()
+    assert abs(x.grad.double().sum() / leaf.grad.sum() - 1) < 3e-4
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "loss",
+    [CrossEntropy(), FocalLoss(), FocalLoss(0.25, 0.2), FocalLossStar(0.25, 0.3, 1.0)],
+    ids=repr,
+)
+@each_backend
+def test_logits_that_are_not_finite(loss, channels_last, backend):
+    """Minus infinity is background without loss, an ignored logit counts nothing, NaN is seen."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.full((1, A * K, 3, 5), -3.0)
+    x[0, 0, 0] = torch.tensor([-torch.inf, -1e15, -3e38, -1e5, -2000.0])
+    x[0, A * K - 1, 2, 4] = torch.nan  # of the last anchor
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    none, last = torch.zeros(0, dtype=torch.int64), torch.tensor([3 * 5 * A - 1])
+    targets = DenseTargets(1, none, none, none, torch.zeros(0, 4), last * 0, last)
+    out = dense_classification_loss([x], targets, loss, K, backend=backend)
+    out.total.sum().backward()
+    counted = A * K * 15 - 5 - K  # the five logits, the ignored anchor's K
+    one = loss.negative_weight * loss.value(torch.tensor(3.0))
+    torch.testing.assert_close(out.total.item(), (counted * one).item(), rtol=1e-6, atol=0)
+    assert x.grad.isfinite().all() and (x.grad[0, 0, 0].abs() < 1e-30).all()
+
+    targets = DenseTargets(1, none, none, none, torch.zeros(0, 4), none, none)
+    assert dense_classification_loss([x], targets, loss, K, backend=backend).total.isnan()
 
 
 @each_backend

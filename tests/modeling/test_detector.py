@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from retina_plugin import add_retina_config
+from retina_plugin.errors import ConfigError
 from retina_plugin.losses import BOX_LOSS_REGISTRY
 
 HEIGHT, WIDTH = 96, 128
@@ -286,3 +287,60 @@ def test_per_image_normaliser_is_the_papers(pair):
     for name in together:
         mean = (alone[0][name] + alone[1][name]) / 2
         torch.testing.assert_close(together[name], mean, rtol=1e-5, atol=0)
+
+
+def test_crowds_are_ignored_where_that_is_asked_for(pair, monkeypatch):
+    """The crowd's box is no object, and fewer anchors are background; its class does not matter."""
+    ours, _ = pair
+    reset_average(pair)
+    boxes, classes = MANY[:2], [3, 4]
+    _, _, without = losses_and_gradients(ours, [record(1, boxes, classes)])
+    crowd = record(1, [*boxes, [64, 48, 127, 95]], [*classes, 5])
+    crowd["instances"].gt_ignore = torch.tensor([False, False, True])
+
+    reset_average(pair)
+    _, _, unused = losses_and_gradients(ours, [crowd])
+    assert unused == without  # a mapper that keeps crowds does not make objects of them
+
+    monkeypatch.setattr(ours.labeler, "ignore_iof_thresh", 0.5)
+    reset_average(pair)
+    _, _, ignored = losses_and_gradients(ours, [crowd])
+    assert ignored["num_pos_anchors"] == without["num_pos_anchors"]
+    assert ignored["retinanet/cls_foreground"] == without["retinanet/cls_foreground"]
+    assert ignored["retinanet/cls_background"] < without["retinanet/cls_background"]
+
+    with pytest.raises(ConfigError, match="IGNORE_IOF_THRESH needs the field gt_ignore"):
+        losses_and_gradients(ours, [crowd, record(2, boxes, classes)])
+
+
+@pytest.mark.parametrize("option", ["loss_in_place", "loss_backend"])
+def test_options_of_the_loss_change_nothing(pair, monkeypatch, option):
+    """In place or in plain PyTorch: the same losses and gradients."""
+    ours, _ = pair
+    results = []
+    for value in (getattr(ours, option), {"loss_in_place": True, "loss_backend": "eager"}[option]):
+        monkeypatch.setattr(ours, option, value)
+        reset_average(pair)
+        losses, grads, _ = losses_and_gradients(ours, BATCHES["many gt"])
+        results.append([*losses.values(), *grads.values()])
+    for got, expected in zip(*results):
+        scale = expected.abs().max()
+        torch.testing.assert_close(got / scale, expected / scale, rtol=1e-5, atol=1e-6)
+
+
+def test_pictures_need_the_logits():
+    """One line before training, whatever trainer there is."""
+    cfg = detectron2_cfg("FocalRetinaNet")
+    cfg.MODEL.RETINANET.LOSS_IN_PLACE, cfg.VIS_PERIOD = True, 20
+    with pytest.raises(ConfigError, match="LOSS_IN_PLACE overwrites the logits .* VIS_PERIOD 20"):
+        build_model(cfg)
+
+
+def test_a_model_to_detect_with_needs_no_kernel(monkeypatch):
+    """A config of another machine's training builds; an unknown name does not."""
+    cfg = detectron2_cfg("FocalRetinaNet")
+    cfg.MODEL.RETINANET.LOSS_BACKEND = "triton"
+    assert len(build_model(cfg).eval()([{"image": image(0)}])) == 1
+    cfg.MODEL.RETINANET.LOSS_BACKEND = "cuda"
+    with pytest.raises(ConfigError, match="LOSS_BACKEND: no 'cuda'; known: auto, eager, native"):
+        build_model(cfg)

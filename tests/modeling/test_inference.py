@@ -102,6 +102,41 @@ def test_16_bit_output_is_scored_and_suppressed_in_float32(anchors, dtype):
         assert torch.equal(got.pred_boxes.tensor, expected.pred_boxes.tensor)
 
 
+def best(logits, topk, score_thresh):
+    """Scores of the candidates of one level by brute force: the highest above the threshold."""
+    scores = logits.float().sigmoid().flatten()
+    return scores[scores > score_thresh].sort(descending=True).values[:topk]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("score_thresh", [0.01, 0.05, 0.3, 0.99999])
+@pytest.mark.parametrize("topk", [1, 40, 1000])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_no_candidate_is_lost_to_rounding(anchors, dtype, score_thresh, topk, channels_last):
+    """16-bit logits lie on the threshold, and on that of the k-th best, more often than not."""
+    inference = DenseInference(
+        num_classes=K, box2box_transform=TRANSFORM, score_thresh=score_thresh, topk_candidates=topk
+    )
+    for mean in (-4.6, -2.9, 9.0):
+        logits, deltas = head_output(mean, num_images=1, dtype=dtype, channels_last=channels_last)
+        logits[0][0, 1] = logits[0][0, 0]  # ties
+        logits[0][0, 2] = 1.5
+        for level in zip(anchors, logits, deltas):
+            _, scores, _ = inference._candidates(level[0].tensor, level[1][0], level[2][0])
+            assert torch.equal(scores, best(level[1][0], topk, score_thresh))
+
+
+def test_a_nan_hides_nothing_else(anchors):
+    """As in Detectron2, where it is no detection and the others are."""
+    logits, deltas = head_output(-4.0)
+    logits[0][:, 3, 2, 4] = torch.nan
+    logits[1][:, :, 0, 0] = torch.nan
+    for topk in (30, 1000):
+        got = ours(anchors, logits, deltas, topk_candidates=topk)
+        expected = detectron2(anchors, logits, deltas, topk_candidates=topk)
+        assert all(torch.equal(g.scores, e.scores) for g, e in zip(got, expected))
+
+
 def test_head_output_is_not_modified(anchors):
     """What a caller looks at afterwards is what the head gave."""
     logits, deltas = head_output(-1.0)
