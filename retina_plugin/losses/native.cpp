@@ -122,7 +122,7 @@ ALWAYS_INLINE void store(BFloat16* out, float value) {  // to nearest, ties to e
 }
 
 constexpr int16_t kIgnored = -2;
-constexpr int64_t kBlock = 1024;  // entries whose labels are spread out at a time, in the L1 cache
+constexpr int64_t kBlock = 256;  // entries whose labels are spread out at a time, in the L1 cache
 
 struct Sums {
   double background = 0.0, foreground = 0.0;

@@ -192,8 +192,9 @@ def draw(results: list[Result], title: str, path: Path) -> None:
     axes.set_yticks(range(len(shown)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.set_xlim(right=1.3 * max(r.ratio or 0 for r in shown))  # room for the number
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_xlabel("Detectron2's time over the contender's, median of the rounds' ratios")
+    axes.set_xlabel("times as fast as Detectron2 (median of the rounds)")
     figure.suptitle(textwrap.fill(title, 110), fontsize=9)
     figure.savefig(path, dpi=120)
 
@@ -289,14 +290,14 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{option} {getattr(args, option)}: give 1 or more")
     torch.set_num_threads(args.threads)
     about = machine(args.device, args.threads)
-    results: list[Result] = []
-    stages = list(STAGES) if "all" in args.stage else args.stage
+    stages = [stage for stage in STAGES if stage in args.stage or "all" in args.stage]
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"{args.device}.json"
+    results = [r for r in earlier(path, about) if r.stage not in stages]
     for stage in stages:
         for contest in STAGES[stage](args.device):
             done = compare(contest, args.rounds, args.device)
-            results += done
+            results = sorted([*results, *done], key=lambda r: list(STAGES).index(r.stage))
             print(table(done), end="\n\n", flush=True)
             # after each, so that a long benchmark that is cut off has said something
             path.write_text(
@@ -306,6 +307,14 @@ def run(args: argparse.Namespace) -> None:
     draw(results, title, path.with_suffix(".png"))
     draw_figure2(results, f"{about['device']}", path.with_name(f"{args.device}_figure2.png"))
     print(f"{title}\nwrote {path} and pictures beside it")
+
+
+def earlier(path: Path, about: dict[str, Any]) -> list[Result]:
+    """What a file has of the same machine and versions: stages that are not run again stay."""
+    if not path.is_file():
+        return []
+    written = json.loads(path.read_text())
+    return [Result(**r) for r in written["results"]] if written["machine"] == about else []
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:

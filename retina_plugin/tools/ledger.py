@@ -34,8 +34,8 @@ is listed.
 
 The rows' losses, samplers and anchors on the small model and the embedded digits of
 `configs/_base_/mini.yaml`, from a backbone that has learned to classify digits, as the paper's has
-learned ImageNet. AP is COCO's on the 200 images of `digits_scenes_val` and is not to be compared with
-the paper's by its height: what counts is the order within a table.
+learned ImageNet. AP is COCO's on the 200 images of `digits_scenes_val` and is not to be compared
+with the paper's by its height: what counts is the order within a table.
 """,
 }
 

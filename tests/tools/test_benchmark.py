@@ -142,6 +142,12 @@ def test_the_command_writes_json_and_a_picture(monkeypatch, tmp_path, capsys):
     assert machine["detectron2's compiled parts"] in ("yes", "no")
     assert (tmp_path / "cpu.png").stat().st_size > 1000
 
+    other = Contest("mapper", "other", {"ours": lambda: 1}, lambda results: "")
+    monkeypatch.setitem(benchmark.STAGES, "mapper", lambda device: iter([other]))
+    benchmark.main(["--stage", "mapper", "--rounds", "1", "--output", str(tmp_path)])
+    again = json.loads((tmp_path / "cpu.json").read_text())["results"]
+    assert again[:2] == written["results"] and again[2]["stage"] == "mapper"  # what was there stays
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_device_is_one_line():
