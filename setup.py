@@ -36,9 +36,8 @@ EXTRAS_REQUIRE = {
         "scikit-learn",  # its digits and its two photos are the embedded data set
     ],
     "fast": [
-        # COCO's metrics: pycocotools' numbers in a fiftieth of its time. Another minor release may
-        # treat ties or odd files differently: the tests compare the two, to the last bit, on 1.3.
-        "hotcoco>=1.3,<1.4",
+        # bounds: another minor release may treat ties or odd files differently
+        "hotcoco>=1.3,<1.4",  # COCO's metrics: pycocotools' numbers in a fiftieth of its time
         "orjson",  # writing the detections of an evaluation: most of what is left of that time
     ],
     "dev": [

@@ -52,6 +52,19 @@ def test_mini_takes_loss_sampler_and_anchors_from_the_row():
     assert overrides["MODEL.RETINANET.OHEM.POSITIVE_FRACTION"] == "0.25"
 
 
+def test_mini_has_a_learning_rate_of_its_own_for_ohem():
+    """With what the warning compares it with, and in the run's name."""
+    (ohem,) = planned("1d", rows=["OHEM 128 0.5"])
+    (focal,) = planned("1d", rows=["FL"])
+    cfg = plan.setup_cfg(str(ohem.config), ohem.opts)
+    other = plan.setup_cfg(str(focal.config), focal.opts)
+    assert cfg.SOLVER.BASE_LR != other.SOLVER.BASE_LR
+    for c in (cfg, other):
+        assert c.SOLVER.LR_PER_IMAGE * c.SOLVER.IMS_PER_BATCH == pytest.approx(c.SOLVER.BASE_LR)
+    _, _, settings = plan.recipe(plan.select_rows(["1d"], ["OHEM 128 0.5"])[0], "mini")
+    assert settings["SOLVER"]["BASE_LR"] == cfg.SOLVER.BASE_LR
+
+
 def test_paper_scale_runs_the_rows_own_config():
     (run,) = planned("1e", rows=["R101-800"], scale="paper")
     assert run.config.name == "retina_R101_800.yaml" and run.max_iter == 90000
