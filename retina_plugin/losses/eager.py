@@ -18,8 +18,8 @@ __all__ = ["IGNORED", "anchor_losses", "compute_dtype", "dense_sums"]
 IGNORED = -2  # in a map of labels; -1 is background, others are classes
 
 # Elements of one piece on the CPU: small enough for its few fp32 temporaries to stay in the cache
-# and to be little beside the logits, large enough to hide the overhead of some twenty calls (of 2^15
-# .. 2^18 the two largest were the fastest).
+# and to be little beside the logits, large enough to hide the overhead of some twenty calls (the
+# two largest of 2^15 .. 2^18 were the fastest).
 _PIECE = 1 << 17
 # On an accelerator pieces only bound the memory.
 _PIECE_ON_ACCELERATOR = 1 << 22
