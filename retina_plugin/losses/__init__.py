@@ -1,4 +1,4 @@
-"""Losses of the dense detector, in plain PyTorch; nothing here imports Detectron2."""
+"""Losses of the dense detector and their kernels; nothing here imports Detectron2."""
 
 from .classification import (
     CLS_LOSS_REGISTRY,

@@ -30,6 +30,7 @@ __all__ = [
     "FocalLoss",
     "FocalLossStar",
     "HingeLoss",
+    "known_to_kernels",
 ]
 
 CLS_LOSS_REGISTRY = ComponentRegistry("MODEL.RETINANET.CLS_LOSS")
@@ -218,3 +219,8 @@ class HingeLoss(ClassificationLoss):
     def from_config(cls, cfg: Any) -> dict[str, Any]:
         """``HINGE_MARGIN``."""
         return {**super().from_config(cfg), "margin": cfg.MODEL.RETINANET.HINGE_MARGIN}
+
+
+def known_to_kernels(loss: ClassificationLoss) -> bool:
+    """Whether the compiled kernels have this loss: exactly these, not what users derive of them."""
+    return type(loss) in (CrossEntropy, FocalLoss, FocalLossStar)

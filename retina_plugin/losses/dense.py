@@ -187,8 +187,9 @@ class _DenseLossFunction(torch.autograd.Function):
         ]
         with torch.autocast(logits[0].device.type, enabled=False):
             maps = _label_maps(call.targets, logits, call.num_classes)
+            weights_2K = _weights(call.loss, call.num_classes, logits[0].device)
             levels = [
-                _level_sums(x, grad, labels, call, scale_N)
+                _level_sums(x, grad, labels, call, weights_2K, scale_N)
                 for x, grad, labels in zip(logits, grads, maps)
             ]
             sums_N2 = torch.stack(levels).sum(dim=0)
@@ -284,13 +285,17 @@ def _check_classes(classes: Tensor, num_classes: int) -> None:
 
 
 def _level_sums(
-    x: Tensor, grad: Tensor | None, labels: Tensor, call: _Call, scale_N: Tensor
+    x: Tensor,
+    grad: Tensor | None,
+    labels: Tensor,
+    call: _Call,
+    weights_2K: Tensor,
+    scale_N: Tensor,
 ) -> Tensor:
     """(N, 2) background and foreground sums of a level, by the backend that is to do it."""
     name = _choose(x, call)
     if name == "eager":
         return eager.dense_sums(x, grad, labels, call.loss, call.num_classes, scale_N)
-    weights_2K = _weights(call.loss, call.num_classes, x.device)
     return _KERNELS[name].dense_sums(x, grad, labels, call.loss, weights_2K, scale_N)
 
 

@@ -133,7 +133,7 @@ struct Job {
   void* grad;
   const int16_t* labels;
   const float *weight_neg, *weight_pos;  // (K,)
-  int64_t anchors, classes, places;      // A, K, H * W
+  int64_t classes, places;               // K, H * W
   bool channels_last;
   Loss loss;
   float scale;
@@ -304,7 +304,7 @@ extern "C" void retina_dense_loss(const void* x, void* grad, const int16_t* labe
                                   int32_t channels_last, int32_t bfloat16, int32_t kind,
                                   float gamma, float beta, float scale, int32_t threads,
                                   double* sums) {
-  const Job job{x,       grad,   labels,           weight_neg,    weight_pos, anchors,
+  const Job job{x,      grad,   labels,             weight_neg,    weight_pos,
                 classes, places, channels_last != 0, {gamma, beta}, scale};
   const int64_t units = channels_last ? places * anchors : anchors * classes;
   // a thread takes as long to start as some ten thousand entries

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from retina_plugin.cache import cache_root
 
-from .classification import ClassificationLoss, CrossEntropy, FocalLoss, FocalLossStar
+from .classification import ClassificationLoss, FocalLoss, FocalLossStar, known_to_kernels
 
 __all__ = ["dense_sums", "supports", "unavailable"]
 
@@ -37,15 +37,17 @@ _FLAGS = (
 # for the processor at hand, in gcc's spelling, then in that of compilers that do not know it
 _TUNING: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 
-_KINDS = {"cross_entropy": 0, "focal_1": 1, "focal_2": 2, "focal": 3, "focal_star": 4}
+# the source's enum Kind; a product for the settings in use is cheaper than a power
+_FOCAL, _FOCAL_STAR = 3, 4
+_FOCAL_OF_GAMMA = {0.0: 0, 1.0: 1, 2.0: 2}
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def supports(x: Tensor, loss: ClassificationLoss) -> bool:
     """Whether :func:`dense_sums` can take these logits and this loss."""
     dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    known = type(loss) in (CrossEntropy, FocalLoss, FocalLossStar)  # not what users derive
-    return x.device.type == "cpu" and x.dtype in _DTYPES and dense and known
+    here = x.device.type == "cpu"
+    return here and x.dtype in _DTYPES and dense and known_to_kernels(loss)
 
 
 def unavailable() -> str | None:
@@ -57,14 +59,12 @@ def unavailable() -> str | None:
     return None
 
 
-def _arguments(loss: ClassificationLoss) -> tuple[str, float, float]:
+def _arguments(loss: ClassificationLoss) -> tuple[int, float, float]:
     """(kind, gamma, beta) by which the kernel knows a loss."""
     if isinstance(loss, FocalLossStar):
-        return "focal_star", loss.gamma, loss.beta
+        return _FOCAL_STAR, loss.gamma, loss.beta
     gamma = loss.gamma if isinstance(loss, FocalLoss) else 0.0
-    # a product for the settings in use is cheaper than a power
-    kinds = {0.0: "cross_entropy", 1.0: "focal_1", 2.0: "focal_2"}
-    return kinds.get(gamma, "focal"), gamma, 0.0
+    return _FOCAL_OF_GAMMA.get(gamma, _FOCAL), gamma, 0.0
 
 
 def dense_sums(
@@ -110,7 +110,7 @@ def dense_sums(
             places,
             channels_last,
             x.dtype == torch.bfloat16,
-            _KINDS[kind],
+            kind,
             gamma,
             beta,
             scale,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .classification import ClassificationLoss, CrossEntropy, FocalLoss, FocalLossStar
+from .classification import ClassificationLoss, FocalLoss, FocalLossStar, known_to_kernels
 
 try:
     import triton
@@ -42,8 +42,7 @@ _RUN = 16384  # entries of a program at most; its sums are float32
 def supports(x: Tensor, loss: ClassificationLoss) -> bool:
     """Whether :func:`dense_sums` can take these logits and this loss."""
     here = x.is_cuda or _is_interpreted()
-    known = type(loss) in (CrossEntropy, FocalLoss, FocalLossStar)  # not what users derive
-    return here and x.dtype in _DTYPES and _layout(x) is not None and known
+    return here and x.dtype in _DTYPES and _layout(x) is not None and known_to_kernels(loss)
 
 
 def unavailable() -> str | None:
