@@ -6,23 +6,27 @@ are not background are fixed up by index.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .classification import ClassificationLoss
+from .classification import ClassificationLoss, FocalLoss, FocalLossStar, known_to_kernels
 
 __all__ = ["IGNORED", "anchor_losses", "compute_dtype", "dense_sums"]
 
 IGNORED = -2  # in a map of labels; -1 is background, others are classes
 
-# Elements of one piece on the CPU: small enough for its few fp32 temporaries to stay in the cache
-# and to be little beside the logits, large enough to hide the overhead of some twenty calls (the
-# two largest of 2^15 .. 2^18 were the fastest).
-_PIECE = 1 << 17
+# Elements of one piece on the CPU: small enough for its few fp32 temporaries to be little beside
+# the logits, large enough to hide the overhead of some thirty calls.
+_PIECE = 1 << 18
 # On an accelerator pieces only bound the memory.
 _PIECE_ON_ACCELERATOR = 1 << 22
+
+# sigmoid(2): of q = 1 - p_t up to it, both p_t and log(p_t) can be had within 5e-7.
+_HIGHEST_Q = 0.88
 
 
 def dense_sums(
@@ -48,49 +52,30 @@ def dense_sums(
         (N, 2): background and foreground sum of each image, not scaled; float64 where the device
         has it.
     """
-    x = x.unflatten(1, (-1, num_classes))  # (N, A, K, H, W), a view
-    grad = None if grad is None else grad.unflatten(1, (-1, num_classes))
-    sum_dtype = torch.float32 if x.device.type == "mps" else torch.float64
-    sums_N2 = torch.zeros(len(x), 2, dtype=sum_dtype, device=x.device)
-    w_neg = _negative_weight(loss, x)
-    by_class = isinstance(w_neg, Tensor)
-    scales = scale_N.tolist()
-    labelled_NAH = (labels != -1).any(dim=3).cpu().numpy()
-    for n, a, h in _pieces(x):
-        x_piece = x[n, a, :, h].to(compute_dtype(x))  # (A', K, H', W)
-        any_labelled = labelled_NAH[n, a, h].any()
-        if any_labelled:
-            positive, ignored = _labelled(labels[n, a, h])
-            x_pos = x_piece[positive]  # now: the gradient may take the place of x
-        if grad is None:
-            value = loss.value(-x_piece)  # background: x_t = -x
-        else:
-            value, derivative = loss.value_and_derivative(-x_piece)
-            grad_piece = grad[n, a, :, h]
-            if by_class:
-                derivative.mul_(w_neg)
-            factor = -scales[n] if by_class else -w_neg * scales[n]  # dx_t/dx = -1
-            if grad_piece.dtype == derivative.dtype:
-                torch.mul(derivative, factor, out=grad_piece)
-            else:
-                grad_piece.copy_(derivative.mul_(factor))
-        if any_labelled:
-            value[ignored] = 0
-            value[positive] = 0
-            w_pos = _positive_weight(loss, positive[1])
-            if grad is None:
-                value_pos = loss.value(x_pos)
-            else:
-                value_pos, derivative_pos = loss.value_and_derivative(x_pos)
-                grad_piece[ignored] = 0
-                factor = scales[n] * w_pos
-                grad_piece[positive] = derivative_pos.mul_(factor).to(grad.dtype)
-            sums_N2[n, 1] += value_pos.mul_(w_pos).sum(dtype=sum_dtype)
-        if by_class:
-            value.mul_(w_neg)
-        background = _sum(value, sum_dtype)
-        sums_N2[n, 0] += background if by_class else background * w_neg
-    return sums_N2
+    if x.stride(2) != x.stride(3) * x.shape[3]:  # neither contiguous nor channels_last
+        dense = None if grad is None else torch.empty(x.shape, dtype=grad.dtype, device=x.device)
+        sums_N2 = dense_sums(x.contiguous(), dense, labels, loss, num_classes, scale_N)
+        if grad is not None:
+            grad.copy_(dense)
+        return sums_N2
+    x = x.unflatten(1, (-1, num_classes)).flatten(3)  # (N, A, K, P), a view
+    grad = None if grad is None else grad.unflatten(1, (-1, num_classes)).flatten(3)
+    labels = labels.flatten(2)
+    n, a, p = torch.where(labels >= 0)
+    k = labels[n, a, p].long()
+    x_positive = x[n, a, k, p].to(compute_dtype(x))  # now: the gradient may take its place
+    ignored = torch.where(labels == IGNORED)
+    background_N = _background_sums(x, grad, (n, a, p, k), ignored, loss, scale_N)
+    w_positive = _positive_weight(loss, k)
+    if grad is None:
+        value = loss.value(x_positive)
+    else:
+        value, derivative = loss.value_and_derivative(x_positive)
+        grad[n, a, k, p] = derivative.mul_(scale_N[n]).mul_(w_positive).to(grad.dtype)
+    of_image_NP = torch.arange(len(x), device=x.device)[:, None] == n
+    foreground_N = torch.where(of_image_NP, value.mul_(w_positive), 0)
+    foreground_N = foreground_N.sum(dim=1, dtype=background_N.dtype)
+    return torch.stack((background_N, foreground_N), dim=1)
 
 
 def anchor_losses(x: Tensor, labels: Tensor, loss: ClassificationLoss, num_classes: int) -> Tensor:
@@ -105,9 +90,9 @@ def anchor_losses(x: Tensor, labels: Tensor, loss: ClassificationLoss, num_class
     for image, labels_AHW in zip(x, labels):  # one at a time bounds the memory
         image = image.to(compute_dtype(x))
         value = loss.value(-image).mul_(w_neg)
-        positive, _ = _labelled(labels_AHW)
-        w_pos = _positive_weight(loss, positive[1])
-        value[positive] = loss.value(image[positive]).mul_(w_pos)
+        a, h, w = torch.where(labels_AHW >= 0)
+        k = labels_AHW[a, h, w].long()
+        value[a, k, h, w] = loss.value(image[a, k, h, w]).mul_(_positive_weight(loss, k))
         value_AHW = value.sum(dim=1).masked_fill_(labels_AHW == IGNORED, -torch.inf)
         out.append(value_AHW.permute(1, 2, 0).flatten())
     return torch.stack(out)
@@ -118,44 +103,168 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _sum(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum in ``dtype``. Short runs first, in their own: several times faster than to convert each
-    entry, and no run is long enough to lose digits."""
-    flat = value.flatten()
-    runs = flat[: len(flat) // 256 * 256].view(-1, 256).sum(dim=1)
-    return runs.sum(dtype=dtype) + flat[len(flat) // 256 * 256 :].sum(dtype=dtype)
+def _background_sums(
+    x: Tensor,
+    grad: Tensor | None,
+    positive: Sequence[Tensor],
+    ignored: Sequence[Tensor],
+    loss: ClassificationLoss,
+    scale_N: Tensor,
+) -> Tensor:
+    """(N,) loss of the entries of (N, A, K, P) that are neither; writes their gradient.
+
+    ``positive`` is (n, a, p, k), ``ignored`` (n, a, p); their gradient becomes 0.
+    """
+    N, A, K, P = x.shape
+    a_step, p_step, k_step = steps = _steps(x)
+    positives = iter(_by_piece(positive, (N, A, P, K), (1, *steps)))
+    ignoreds = _by_piece(ignored, (N, A, P), (1, a_step, p_step))
+    w_neg = _negative_weight(loss, x)
+    scales = scale_N.tolist()
+    sums: list[list[Tensor]] = [[] for _ in scales]
+    anchors = itertools.product(range(N), range(0, A, a_step), range(0, P, p_step))
+    for (n, a, p), (_, a_ignored, p_ignored) in zip(anchors, ignoreds):
+        for k in range(0, K, k_step):
+            _, a_positive, p_positive, k_positive = next(positives)
+            other: list[tuple] = []
+            if len(a_ignored):
+                other.append((a_ignored, slice(None), p_ignored))
+            if len(a_positive):
+                other.append((a_positive, k_positive, p_positive))
+            piece = n, slice(a, a + a_step), slice(k, k + k_step), slice(p, p + p_step)
+            sums[n] += _background(
+                x[piece].to(compute_dtype(x)),
+                None if grad is None else grad[piece],
+                other,
+                loss,
+                w_neg[k : k + k_step] if isinstance(w_neg, Tensor) else w_neg,
+                scales[n],
+            )
+    sum_dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    return torch.stack([torch.cat(some).sum(dtype=sum_dtype) for some in sums])
 
 
-def _labelled(labels_AHW: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor | slice, ...]]:
-    """Indices into (A, K, H, W): the positive entries, and all entries of ignored anchors."""
-    a, h, w = torch.where(labels_AHW >= 0)
-    positive = (a, labels_AHW[a, h, w].long(), h, w)
-    a, h, w = torch.where(labels_AHW == IGNORED)
-    return positive, (a, slice(None), h, w)
+def _background(
+    x: Tensor,
+    grad: Tensor | None,
+    other: Sequence[tuple],
+    loss: ClassificationLoss,
+    w_neg: float | Tensor,
+    scale: float,
+) -> list[Tensor]:
+    """Sums of the loss of logits with label 0, but for the indices in ``other``, times ``w_neg``.
+
+    Writes the gradient, times ``w_neg`` and ``scale``; 0 at ``other``.
+    """
+    if grad is not None and grad.dtype != x.dtype:
+        wide = torch.empty_like(x)
+        sums = _background(x, wide, other, loss, w_neg, scale)
+        grad.copy_(wide)
+        return sums
+    if x.device.type == "cpu" and known_to_kernels(loss) and not isinstance(w_neg, Tensor):
+        low = _low_background(x, grad, other, loss, w_neg, scale)
+        if low is not None:
+            return low
+    if grad is None:
+        value = loss.value(-x)  # background: x_t = -x
+    else:
+        value, derivative = loss.value_and_derivative(-x)
+        torch.mul(derivative, w_neg * -scale, out=grad)  # dx_t/dx = -1
+    for index in other:
+        value[index] = 0
+        if grad is not None:
+            grad[index] = 0
+    if isinstance(w_neg, Tensor):
+        return _short_sums(value.mul_(w_neg))
+    return _short_sums(value, w_neg)
+
+
+def _low_background(
+    x: Tensor,
+    grad: Tensor | None,
+    other: Sequence[tuple],
+    loss: ClassificationLoss,
+    w_neg: float,
+    scale: float,
+) -> list[Tensor] | None:
+    """:func:`_background` in half the time if no logit is high, None if one is.
+
+    Then log(p_t) = log1p(-q) with q = 1 - p_t, and log1p takes half as long as softplus. Near 1,
+    q has lost the digits of p_t.
+    """
+    z, steepness = x, 1.0
+    if isinstance(loss, FocalLossStar):
+        z, steepness = x.mul(loss.gamma).sub_(loss.beta), loss.gamma
+    q = z.sigmoid()
+    for index in other:
+        q[index] = 0  # and so its loss and gradient
+    if not bool(q.amax() <= _HIGHEST_Q):  # also for NaN
+        return None
+    log_p = q.neg().log1p_()
+    if not isinstance(loss, FocalLoss) or loss.gamma == 0:
+        if grad is not None:
+            torch.mul(q, w_neg * scale, out=grad)
+        return _short_sums(log_p, -w_neg / steepness)
+    if grad is not None:
+        # q - gamma p_t log_p = -gamma (log_p + q (-1 / gamma - log_p))
+        derivative = log_p.lerp(q.new_tensor(-1 / loss.gamma), q)
+    modulating = q.pow_(loss.gamma)
+    if grad is not None:
+        factor = -loss.gamma * w_neg * scale
+        torch.addcmul(q.new_zeros(()), derivative, modulating, value=factor, out=grad)
+    return _short_sums(log_p.mul_(modulating), -w_neg)
+
+
+def _steps(x: Tensor) -> tuple[int, int, int]:
+    """Anchors, positions and classes of (N, A, K, P) to take at a time, dense in memory."""
+    _, A, K, P = x.shape
+    size = _PIECE if x.device.type == "cpu" else _PIECE_ON_ACCELERATOR
+    if x.stride(2) < x.stride(3):  # channels_last: a position holds all anchors
+        return A, max(1, size // (A * K)), K
+    if K * P <= size:
+        return size // (K * P), P, K
+    return 1, P, math.ceil(K / math.ceil(K * P / size))
+
+
+def _by_piece(
+    index: Sequence[Tensor], shape: Sequence[int], steps: Sequence[int]
+) -> list[tuple[Tensor, ...]]:
+    """Split entries of ``shape`` by the piece they lie in, where their indices start from 0.
+
+    Pieces have the size ``steps`` and are counted like the entries.
+    """
+    pieces = [math.ceil(size / step) for size, step in zip(shape, steps)]
+    number = torch.zeros_like(index[0])
+    for i, step, count in zip(index, steps, pieces):
+        number = number * count + i // step
+    order = number.argsort()
+    counts = number.bincount(minlength=math.prod(pieces)).tolist()
+    return list(zip(*((i % step)[order].split(counts) for i, step in zip(index, steps))))
+
+
+def _short_sums(value: Tensor, weight: float = 1.0) -> list[Tensor]:
+    """Sums, times ``weight``, that add up to that of ``value``: of runs too short to lose digits.
+
+    These are left to be added in float64, which takes several times as long as float32.
+    """
+    in_memory = sorted(range(value.dim()), key=value.stride, reverse=True)
+    flat = value.permute(in_memory).flatten()  # a view
+    whole = len(flat) // 256 * 256
+    runs = [flat[:whole].view(-1, 256).sum(dim=1)]
+    if whole < len(flat):
+        runs.append(flat[whole:].sum(dim=0, keepdim=True))
+    return [run.mul_(weight) for run in runs]
 
 
 def _negative_weight(loss: ClassificationLoss, x: Tensor) -> float | Tensor:
-    """A number, or (K, 1, 1) to go with (..., K, H, W)."""
+    """A number, or one by class that goes with x of (..., K, and the dimensions of positions)."""
     weight = loss.negative_weight
-    return weight.to(x.device).view(-1, 1, 1) if isinstance(weight, Tensor) else weight
+    if not isinstance(weight, Tensor):
+        return weight
+    return weight.to(x.device).view(-1, *(1 for _ in x.shape[3:]))
 
 
 def _positive_weight(loss: ClassificationLoss, classes: Tensor) -> float | Tensor:
     """A number, or one for each of ``classes``."""
     weight = loss.positive_weight
     return weight.to(classes.device)[classes] if isinstance(weight, Tensor) else weight
-
-
-def _pieces(x: Tensor) -> Iterator[tuple[int, slice, slice]]:
-    """(image, anchors, rows) of (N, A, K, H, W) logits, each piece dense in memory or nearly so."""
-    N, A, K, H, W = x.shape
-    size = _PIECE if x.device.type == "cpu" else _PIECE_ON_ACCELERATOR
-    if x.stride(2) < x.stride(4):  # channels_last: a row holds all anchors
-        a_step, h_step = A, max(1, size // (A * K * W))
-    else:
-        a_step = max(1, size // (K * H * W))
-        h_step = H if a_step > 1 else max(1, size // (K * W))
-    for n in range(N):
-        for a in range(0, A, a_step):
-            for h in range(0, H, h_step):
-                yield n, slice(a, min(a + a_step, A)), slice(h, min(h + h_step, H))
