@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -41,15 +42,18 @@ ALWAYS_INLINE int32_t to_bits(float f) {
   return bits;
 }
 
-// exp(y + low) for y <= 0 and a correction |low| << 1; 1e-38 where it would be less.
+// exp(y), or exp(y + low) for a correction |low| << 1, of y <= 0; 1e-38 where it would be less.
 // exp(y) = 2^n exp(r), |r| <= ln(2) / 2: minimax of degree 6, relative error 7e-8.
+template <bool with_low>
 ALWAYS_INLINE float exp_negative(float y, float low) {
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float bounded = select(y < -87.0f, -87.0f, y);  // NaN stays
-  const float n = (bounded * 1.44269504f + shift) - shift;
+  const float shifted = std::fma(bounded, 1.44269504f, shift);  // n is in its low bits
+  const float n = shifted - shift;
   float r = std::fma(n, -0.693145752f, bounded);  // ln 2 in two parts, the first with few digits
+  r = std::fma(n, -1.42860677e-6f, r);
   // an infinite or huge y has a low part that means nothing
-  r = std::fma(n, -1.42860677e-6f, r) + select(y < -87.0f, 0.0f, low);
+  if (with_low) r += select(y < -87.0f, 0.0f, low);
   float p = 0.001383683760650456f;
   p = std::fma(p, r, 0.008374815806746483f);
   p = std::fma(p, r, 0.04166822507977486f);
@@ -57,8 +61,8 @@ ALWAYS_INLINE float exp_negative(float y, float low) {
   p = std::fma(p, r, 0.49999991059303284f);
   p = std::fma(p, r, 1.0f);
   p = std::fma(p, r, 1.0f);
-  const float whole = select(n >= -126.0f, n, 0.0f);  // NaN is no integer; p is NaN then
-  return p * from_bits((static_cast<int32_t>(whole) + 127) << 23);
+  // n is added to p's exponent; NaN's low bits are 0, so that p stays NaN
+  return from_bits(to_bits(p) + static_cast<int32_t>(static_cast<uint32_t>(to_bits(shifted)) << 23));
 }
 
 // log(1 + e) for e in [0, 1]: e times a minimax of degree 9, relative error 1.4e-7.
@@ -84,7 +88,7 @@ ALWAYS_INLINE Terms terms(float x, const Loss& loss) {
     z_low = std::fma(loss.gamma, x, -(z + loss.beta));
   }
   const float a = std::fabs(z);
-  const float e = exp_negative(-a, select(z < 0, z_low, -z_low));
+  const float e = exp_negative<kind == kFocalStar>(-a, select(z < 0, z_low, -z_low));
   const float r = 1.0f / (1.0f + e);
   const float p = select(z < 0, e * r, r);  // sigmoid(z) = 1 - p_t
   const float log1p_e = log1p_unit(e);
@@ -103,7 +107,7 @@ ALWAYS_INLINE Terms terms(float x, const Loss& loss) {
     const float low = std::fma(loss.gamma, negative, -high) - loss.gamma * log1p_e;
     // where low is not small, high is: the sum loses nothing then
     const float sum = high + low;
-    modulating = exp_negative(sum, low - (sum - high));
+    modulating = exp_negative<true>(sum, low - (sum - high));
   }
   return {modulating * softplus, modulating * std::fma(loss.gamma * p_t, softplus, p)};
 }
@@ -123,6 +127,8 @@ ALWAYS_INLINE void store(BFloat16* out, float value) {  // to nearest, ties to e
 
 constexpr int16_t kIgnored = -2;
 constexpr int64_t kBlock = 256;  // entries whose labels are spread out at a time, in the L1 cache
+constexpr int64_t kLongest = 4 * kBlock;  // entries of background that are added up in float
+constexpr int64_t kLanes = 32;  // the widest vectors': what is left of a run takes as long as one
 
 struct Sums {
   double background = 0.0, foreground = 0.0;
@@ -147,18 +153,20 @@ struct Block {
   explicit Block(int64_t size) : sign(size, 1.0f), weight(size) {}
 };
 
-// Entries that are background. Terms are float and so are the sums of a block, which is short.
+// Entries that are background, all of one weight. Terms are float and so is their sum, whose lanes
+// hold at most some hundred each.
 template <Kind kind, bool want_grad, class T>
-void run_background(const T* x, T* grad, int64_t count, const float* weight, const Loss& loss,
+void run_background(const T* x, T* grad, int64_t count, float weight, const Loss& loss,
                     float scale, Sums& sums) {
+  const float factor = weight * scale;
   float background = 0.0f;
 #pragma omp simd reduction(+ : background)
   for (int64_t j = 0; j < count; ++j) {
     const Terms t = terms<kind>(load(x + j), loss);
-    background += weight[j] * t.value;
-    if (want_grad) store(grad + j, weight[j] * scale * t.derivative);
+    background += t.value;
+    if (want_grad) store(grad + j, factor * t.derivative);
   }
-  sums.background += background;
+  sums.background += static_cast<double>(weight) * background;
 }
 
 // Any entries.
@@ -205,18 +213,19 @@ void work_planes(const Job& job, int64_t begin, int64_t end, Sums& sums) {
         background[i] = all_background(labels + start, std::min(kBlock, job.places - start));
       }
     }
-    bool plain = false;  // whether the block's weights are those of background
-    for (int64_t start = 0; start < job.places; start += kBlock) {
-      const int64_t count = std::min(kBlock, job.places - start);
+    for (int64_t start = 0, stop; start < job.places; start = stop) {
+      const bool plain = background[start / kBlock];
+      stop = std::min(start + kBlock, job.places);
+      while (plain && stop < job.places && stop - start < kLongest && background[stop / kBlock]) {
+        stop = std::min(stop + kBlock, job.places);
+      }
+      const int64_t count = stop - start;
       const T* x = static_cast<const T*>(job.x) + plane * job.places + start;
       T* grad = want_grad ? static_cast<T*>(job.grad) + plane * job.places + start : nullptr;
-      if (background[start / kBlock]) {
-        if (!plain) std::fill_n(weight, kBlock, negative);
-        plain = true;
-        run_background<kind, want_grad>(x, grad, count, weight, job.loss, job.scale, sums);
+      if (plain) {
+        run_background<kind, want_grad>(x, grad, count, negative, job.loss, job.scale, sums);
         continue;
       }
-      plain = false;
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
         const int32_t label = labels[start + j];
@@ -231,33 +240,37 @@ void work_planes(const Job& job, int64_t begin, int64_t end, Sums& sums) {
 // Anchors of NHWC logits.
 template <Kind kind, bool want_grad, class T>
 void work_anchors(const Job& job, int64_t begin, int64_t end, Sums& sums) {
-  const int64_t step = std::max<int64_t>(1, kBlock / job.classes);
+  const int64_t whole = kLanes / std::gcd(kLanes, job.classes);  // anchors of whole vectors
+  const int64_t step = (kBlock / (job.classes * whole) + 1) * whole;
+  const float first = job.weight_neg[0];
+  const bool one_weight =
+      std::all_of(job.weight_neg, job.weight_neg + job.classes, [=](float w) { return w == first; });
   Block block(step * job.classes);
-  bool plain = false;
+  float *sign = block.sign.data(), *weight = block.weight.data();
+  bool filled = false;  // whether the block's signs and weights are those of background
   for (int64_t start = begin; start < end; start += step) {
     const int64_t count = std::min(step, end - start);
     const T* x = static_cast<const T*>(job.x) + start * job.classes;
     T* grad = want_grad ? static_cast<T*>(job.grad) + start * job.classes : nullptr;
-    if (!plain) {
-      std::fill(block.sign.begin(), block.sign.end(), 1.0f);
-      for (int64_t i = 0; i < step; ++i) {
-        std::copy_n(job.weight_neg, job.classes, block.weight.data() + i * job.classes);
-      }
-    }
-    plain = all_background(job.labels + start, count);
-    if (plain) {
-      run_background<kind, want_grad>(x, grad, count * job.classes, block.weight.data(), job.loss,
-                                      job.scale, sums);
+    const bool plain = all_background(job.labels + start, count);
+    if (plain && one_weight) {
+      run_background<kind, want_grad>(x, grad, count * job.classes, first, job.loss, job.scale,
+                                      sums);
       continue;
     }
+    if (!filled) {
+      std::fill(block.sign.begin(), block.sign.end(), 1.0f);
+      for (int64_t i = 0; i < step; ++i) {
+        std::copy_n(job.weight_neg, job.classes, weight + i * job.classes);
+      }
+    }
+    filled = plain;
     for (int64_t i = 0; i < count; ++i) {
       const int16_t label = job.labels[start + i];
-      float* sign = block.sign.data() + i * job.classes;
-      float* weight = block.weight.data() + i * job.classes;
-      if (label == kIgnored) std::fill_n(sign, job.classes, 0.0f);
+      if (label == kIgnored) std::fill_n(sign + i * job.classes, job.classes, 0.0f);
       if (label >= 0) {
-        weight[label] = job.weight_pos[label];
-        sign[label] = -1.0f;
+        weight[i * job.classes + label] = job.weight_pos[label];
+        sign[i * job.classes + label] = -1.0f;
       }
     }
     run<kind, want_grad>(x, grad, count * job.classes, block, job.loss, job.scale, sums);
