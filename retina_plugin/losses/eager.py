@@ -53,10 +53,11 @@ def dense_sums(
         has it.
     """
     if x.stride(2) != x.stride(3) * x.shape[3]:  # neither contiguous nor channels_last
-        dense = None if grad is None else torch.empty(x.shape, dtype=grad.dtype, device=x.device)
+        if grad is None:
+            return dense_sums(x.contiguous(), None, labels, loss, num_classes, scale_N)
+        dense = torch.empty(x.shape, dtype=grad.dtype, device=x.device)
         sums_N2 = dense_sums(x.contiguous(), dense, labels, loss, num_classes, scale_N)
-        if grad is not None:
-            grad.copy_(dense)
+        grad.copy_(dense)
         return sums_N2
     x = x.unflatten(1, (-1, num_classes)).flatten(3)  # (N, A, K, P), a view
     grad = None if grad is None else grad.unflatten(1, (-1, num_classes)).flatten(3)

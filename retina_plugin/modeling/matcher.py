@@ -24,7 +24,7 @@ LOW_QUALITY_MATCHES = ("always", "above_background", "never")
 # IoUs computed at a time on the CPU: their three temporaries stay in or near a core's cache.
 _IOUS = 1 << 18
 # Anchors of a piece at least and at most: short pieces miss more boxes, long ones take fewer calls.
-_SHORTEST, _LONGEST = 1 << 12, 1 << 16
+_SHORTEST, _LONGEST = 1 << 12, 1 << 13
 # On an accelerator boxes meet all anchors, as choosing boxes would stall it; this only bounds the
 # memory, to four temporaries of 32 MB.
 _IOUS_ON_ACCELERATOR = 1 << 23
@@ -92,11 +92,18 @@ class AnchorMatcher:
             boxes that no anchor touches.
         """
         gt = _Boxes.of(gt_boxes_G4)
-        anchors = _Anchors.of(anchors_R4, gt)
+        # each coordinate contiguous; ``t().contiguous()`` takes the CPU 4 times as long
+        corners_4R = torch.stack(anchors_R4.unbind(dim=1))
+        gt_R = corners_4R.new_zeros(len(anchors_R4), dtype=torch.int64)
+        label_R = torch.full_like(gt_R, self.labels[0], dtype=torch.int8)
         if len(gt_boxes_G4) and len(anchors_R4):
             match = _match_touching if anchors_R4.device.type == "cpu" else _match_all
-            match(gt, anchors, promote=self.low_quality != "never")
-        return Matches(anchors.gt_R.long(), self._label(anchors.iou_R, anchors.promoted_R))
+            for anchors, places in match(gt, corners_4R, promote=self.low_quality != "never"):
+                sizes = [place.stop - place.start for place in places]
+                labels = self._label(anchors.iou_R, anchors.promoted_R).split(sizes)
+                for place, index, label in zip(places, anchors.gt_R.split(sizes), labels):
+                    gt_R[place], label_R[place] = index, label
+        return Matches(gt_R, label_R)
 
     def _label(self, iou_R: Tensor, promoted_R: Tensor) -> Tensor:
         label_R = torch.full_like(iou_R, self.labels[0])
@@ -107,7 +114,7 @@ class AnchorMatcher:
         if self.low_quality == "above_background":
             promoted_R = promoted_R.mul_(torch.ge(iou_R, self.thresholds[0], out=at_least_R))
         # makes 1 of -1, 0 and 1
-        return label_R.add_(promoted_R, alpha=2).clamp_(max=1).to(torch.int8)
+        return label_R.add_(promoted_R, alpha=2).clamp_(max=1)
 
 
 class _Boxes(NamedTuple):
@@ -145,17 +152,12 @@ class _Anchors(NamedTuple):
     promoted_R: Tensor  # 1 where the anchor has the highest IoU of some box, else 0
 
     @classmethod
-    def of(cls, corners_R4: Tensor, gt: _Boxes) -> _Anchors:
-        # each coordinate contiguous; ``t().contiguous()`` takes the CPU 4 times as long
-        corners_4R = torch.stack(corners_R4.unbind(dim=1))
+    def of(cls, corners_4R: Tensor, gt: _Boxes) -> _Anchors:
         x1, y1, x2, y2 = corners_4R
         # anchors turned inside out have no area either
         area_R = (x2 - x1).mul_(y2 - y1).clamp_(min=0)
         dtype = torch.promote_types(corners_4R.dtype, gt.area_G.dtype)
         return cls(corners_4R, area_R, *area_R.new_zeros((3, len(area_R)), dtype=dtype))
-
-    def split(self, size: int) -> list[_Anchors]:
-        return [_Anchors(*parts) for parts in zip(*(x.split(size, dim=-1) for x in self))]
 
     def iou(self, gt: _Boxes) -> Tensor:
         """(g, R) IoU, or a number below 0 instead of 0.
@@ -191,22 +193,39 @@ class _Anchors(NamedTuple):
         torch.max(self.promoted_R, at_highest_gR.amax(dim=0), out=self.promoted_R)
 
 
-def _match_all(gt: _Boxes, anchors: _Anchors, promote: bool) -> None:
+class _Matched(NamedTuple):
+    """Anchors that have seen all boxes, and where they are among the image's, part by part."""
+
+    anchors: _Anchors
+    places: list[slice]
+
+
+def _match_all(gt: _Boxes, corners_4R: Tensor, promote: bool) -> list[_Matched]:
     """Some boxes at a time with all anchors; nothing waits for the device."""
+    anchors = _Anchors.of(corners_4R, gt)
     for some in gt.split(max(1, _IOUS_ON_ACCELERATOR // len(anchors.area_R))):
         iou_gR = anchors.iou(some)
         if promote:
             anchors.promote(iou_gR, iou_gR.amax(dim=1, keepdim=True))
         anchors.update(iou_gR, some)
+    return [_Matched(anchors, [slice(0, len(anchors.area_R))])]
 
 
-def _match_touching(gt: _Boxes, anchors: _Anchors, promote: bool) -> None:
-    """A piece of the anchors at a time with the boxes that touch its bounding box."""
-    length = min(max(_IOUS // len(gt.area_G), _SHORTEST), _LONGEST)
+def _match_touching(gt: _Boxes, corners_4R: Tensor, promote: bool) -> list[_Matched]:
+    """A piece of the anchors at a time with the boxes that touch its bounding box, if any do."""
+    G, R = len(gt.area_G), corners_4R.shape[1]
+    length = min(max(_IOUS // G, _SHORTEST), _LONGEST)
+    touching_BG = _touching(gt, corners_4R, length)
+    touched = touching_BG.any(dim=1).nonzero().flatten().tolist()
+    places = {b: slice(b * length, min((b + 1) * length, R)) for b in touched}
+    if 0 < G * len(touched) * length <= 2 * _IOUS:
+        # few boxes: fewer calls are worth more than the boxes that a piece could leave out
+        merged = torch.cat([corners_4R[:, place] for place in places.values()], dim=1)
+        return [_Matched(_match_all(gt, merged, promote)[0].anchors, list(places.values()))]
     step = max(1, _IOUS // length)
-    pieces = anchors.split(length)
-    touching_BG = _touching(gt, pieces)
-    highest_BG = torch.zeros_like(touching_BG, dtype=anchors.iou_R.dtype)
+    pieces = {b: _Anchors.of(corners_4R[:, place], gt) for b, place in places.items()}
+    dtype = torch.promote_types(corners_4R.dtype, gt.area_G.dtype)
+    highest_BG = torch.zeros_like(touching_BG, dtype=dtype)
     for b, index in _rows(touching_BG, step):
         some = gt.take(index)
         iou_gR = pieces[b].iou(some)
@@ -218,15 +237,19 @@ def _match_touching(gt: _Boxes, anchors: _Anchors, promote: bool) -> None:
         highest_G = highest_BG.amax(dim=0)
         for b, index in _rows((highest_BG == highest_G) & (highest_G > 0), step):
             pieces[b].promote(pieces[b].iou(gt.take(index)), highest_G[index, None])
+    return [_Matched(anchors, [places[b]]) for b, anchors in pieces.items()]
 
 
-def _touching(gt: _Boxes, pieces: Sequence[_Anchors]) -> Tensor:
-    """(B, G) bool: the box overlaps the bounding box of the piece."""
-    low_B2 = torch.stack([piece.corners_4R[:2].amin(dim=1) for piece in pieces])
-    high_B2 = torch.stack([piece.corners_4R[2:].amax(dim=1) for piece in pieces])
-    below_BG2 = gt.corners_G4[:, :2] < high_B2[:, None]
-    above_BG2 = gt.corners_G4[:, 2:] > low_B2[:, None]
-    return (below_BG2 & above_BG2).all(dim=2)
+def _touching(gt: _Boxes, corners_4R: Tensor, length: int) -> Tensor:
+    """(B, G) bool: the box overlaps the bounding box of the piece, all but the last so long."""
+    whole = corners_4R.shape[1] // length * length
+    parts = [corners_4R[:, :whole].unflatten(1, (-1, length)), corners_4R[:, None, whole:]]
+    parts = [part for part in parts if part.numel()]
+    low_2B = torch.cat([part[:2].amin(dim=2) for part in parts], dim=1)
+    high_2B = torch.cat([part[2:].amax(dim=2) for part in parts], dim=1)
+    below_2BG = gt.corners_G4.t()[:2, None] < high_2B[:, :, None]
+    above_2BG = gt.corners_G4.t()[2:, None] > low_2B[:, :, None]
+    return (below_2BG & above_2BG).all(dim=0)
 
 
 def _rows(chosen_BG: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:

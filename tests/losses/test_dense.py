@@ -212,10 +212,13 @@ def test_float64_is_computed_in_float64():
 
 
 @pytest.mark.parametrize("piece", [1, 7, 40, 1000, 1 << 17])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_pieces_and_memory_layout_change_nothing(monkeypatch, piece, channels_last):
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (0, 3, 1, 2), (3, 2, 1, 0)])
+def test_pieces_and_memory_layout_change_nothing(monkeypatch, piece, order):
+    """``order``: of the dimensions in memory, contiguous and channels_last first."""
     monkeypatch.setattr(eager, "_PIECE", piece)
-    logits, targets = random_logits(channels_last=channels_last), random_targets()
+    back = [order.index(i) for i in range(4)]
+    logits = [x.detach().permute(order).contiguous().permute(back) for x in random_logits()]
+    logits, targets = [x.requires_grad_() for x in logits], random_targets()
     out = dense_classification_loss(logits, targets, FocalLoss(), K, backend="eager")
     out.total.sum().backward()
     sums, grads = textbook(logits, targets, 0.25, 2.0)
@@ -223,6 +226,58 @@ def test_pieces_and_memory_layout_change_nothing(monkeypatch, piece, channels_la
     for x, expected in zip(logits, grads):
         assert x.grad.stride() == x.stride()
         torch.testing.assert_close(x.grad.double(), expected, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize(
+    "loss, elementwise",
+    [
+        *((FocalLoss(0.25, gamma), lambda x_t, g=gamma: focal(x_t, g)) for gamma in GAMMAS),
+        (CrossEntropy(), lambda x_t: focal(x_t, 0.0)),
+        (FocalLossStar(0.25, 2.0, 1.0), lambda x_t: -F.logsigmoid(2 * x_t + 1) / 2),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eager_takes_its_short_way_while_the_background_is_low(
+    monkeypatch, loss, elementwise, dtype
+):
+    """Positives and ignored anchors may be high; one high logit of the background ends it."""
+    took_it = []
+    short_way = eager._low_background
+    monkeypatch.setattr(
+        eager, "_low_background", lambda *args: took_it.append(short_way(*args)) or took_it[-1]
+    )
+    targets = random_targets()
+    logits = [x.detach().clamp(max=1.49).requires_grad_() for x in random_logits(dtype)]
+    h, w = LEVELS[0]
+    view = logits[0].detach().view(N, A, K, h * w)
+    for image, anchor, k in zip(
+        targets.positive_image, targets.positive_anchor, targets.positive_class
+    ):
+        if anchor < h * w * A:
+            view[image, anchor % A, k, anchor // A] = 9.0
+    for image, anchor in zip(targets.ignored_image, targets.ignored_anchor):
+        if anchor < h * w * A:
+            view[image, anchor % A, :, anchor // A] = 9.0
+
+    def check(way):
+        took_it.clear()
+        out = dense_classification_loss(logits, targets, loss, K, backend="eager")
+        sums, grads = textbook(logits, targets, loss.alpha, None, elementwise)
+        rtol = 1e-6 if dtype == torch.float32 else 1e-13
+        torch.testing.assert_close(out.total.double(), sums, rtol=rtol, atol=0)
+        # FL*'s gamma x - beta is rounded before its exponential
+        grad_rtol = rtol * (4 if isinstance(loss, FocalLossStar) else 1)
+        for x, expected in zip(torch.autograd.grad(out.total.sum(), logits), grads):
+            torch.testing.assert_close(x.double(), expected, rtol=grad_rtol, atol=1e-30)
+        with torch.no_grad():
+            value = dense_classification_loss(logits, targets, loss, K, backend="eager").total
+        torch.testing.assert_close(value, out.total.detach(), rtol=rtol, atol=0)
+        assert way(x is not None for x in took_it)
+
+    check(all)
+    view[N - 1, 0, 0, 0] = 9.0  # of the image that is background only
+    check(lambda taken: not all(taken))
 
 
 @each_backend
