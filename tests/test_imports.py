@@ -119,7 +119,7 @@ def test_tools_are_leaves(sources, repo):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("losses.functional", "from .dense import DenseTargets"),
+        ("losses.functional", "from .targets import DenseTargets"),
         ("losses.functional", "from retina_plugin.registry import ComponentRegistry"),
         ("losses.dense", "import detectron2.layers"),
         ("losses.dense", "def f():\n    from detectron2.structures import Boxes"),
@@ -148,7 +148,7 @@ def test_what_must_not_be_imported(module, source):
     [
         ("losses.dense", "from .functional import focal\nimport torch\nimport fvcore"),
         ("modeling.head", "from .shapes import gather_anchors\nimport detectron2"),
-        ("modeling.head", "from retina_plugin.losses.dense import DenseTargets"),
+        ("modeling.head", "from retina_plugin.losses.targets import DenseTargets"),
         ("modeling.detector", "from .head import RetinaHead"),
         ("engine.trainer", "from retina_plugin.modeling.normalizer import LossNormalizer"),
         ("engine.trainer", "from . import report"),

@@ -10,13 +10,13 @@ from .classification import (
 )
 from .dense import (
     DenseLoss,
-    DenseTargets,
     anchor_losses,
     check_backend,
     dense_classification_loss,
 )
 from .regression import BOX_LOSS_REGISTRY, BoxLoss
 from .sampled import sampled_classification_loss
+from .targets import DenseTargets
 
 __all__ = [
     "BOX_LOSS_REGISTRY",

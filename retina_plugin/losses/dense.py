@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +29,11 @@ from retina_plugin.errors import ConfigError
 from . import eager, native, triton_kernels
 from .classification import ClassificationLoss, CrossEntropy, FocalLoss, FocalLossStar
 from .eager import compute_dtype
+from .targets import BACKGROUND, IGNORED, DenseTargets
 
 __all__ = [
     "BACKENDS",
     "DenseLoss",
-    "DenseTargets",
     "anchor_losses",
     "check_backend",
     "dense_classification_loss",
@@ -44,29 +43,6 @@ logger = logging.getLogger("retina_plugin")
 
 _KERNELS = {"native": native, "triton": triton_kernels}
 BACKENDS = ("auto", "eager", *_KERNELS)
-
-
-@dataclass
-class DenseTargets:
-    """What the anchors of a batch shall predict; everything not named here is background.
-
-    P positives and M ignored anchors; ``anchor`` counts over all levels in Detectron2's order
-    (level, row, column, anchor of the location), so it lies in [0, R).
-    """
-
-    num_images: int
-    positive_image: Tensor  # (P,) int64 in [0, N)
-    positive_anchor: Tensor  # (P,) int64 in [0, R)
-    positive_class: Tensor  # (P,) int64 in [0, K)
-    positive_gt_box: Tensor  # (P, 4) the assigned boxes, XYXY in pixels of the network's input
-    ignored_image: Tensor  # (M,) int64
-    ignored_anchor: Tensor  # (M,) int64
-
-    def num_positives_N(self) -> Tensor:
-        """(N,) int64: the anchors of each image that are assigned to a ground-truth box."""
-        ones = torch.ones_like(self.positive_image)
-        # not bincount, which waits for an accelerator to learn the largest index
-        return ones.new_zeros(self.num_images).index_add_(0, self.positive_image, ones)
 
 
 class DenseLoss(NamedTuple):
@@ -255,33 +231,17 @@ def _gradient_of(x: Tensor, in_place: bool) -> Tensor:
 def _label_maps(
     targets: DenseTargets, logits: Sequence[Tensor], num_classes: int
 ) -> Iterator[Tensor]:
-    """Per level int16 (N, A, H, W): a positive's class, -1 background, ``eager.IGNORED``.
-
-    In memory as the level's logits without their classes, for the kernels.
-    """
-    counts = [x[0].numel() // num_classes for x in logits]
-    device = logits[0].device
-    labels_NR = torch.full((targets.num_images, sum(counts)), -1, dtype=torch.int16, device=device)
-    _check_classes(targets.positive_class, num_classes)
-    # a tensor: a number would be copied to the device, and waited for
-    ignored = labels_NR.new_full((), eager.IGNORED)
-    labels_NR.index_put_((targets.ignored_image, targets.ignored_anchor), ignored)
-    labels_NR[targets.positive_image, targets.positive_anchor] = targets.positive_class.short()
-    for x, labels in zip(logits, labels_NR.split(counts, dim=1)):
-        N, _, H, W = x.shape
-        labels_NAHW = labels.view(N, H, W, -1).permute(0, 3, 1, 2)
-        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        yield labels_NAHW.contiguous(memory_format=layout)
-
-
-def _check_classes(classes: Tensor, num_classes: int) -> None:
-    inside = ((classes >= 0) & (classes < num_classes)).all()
-    message = f"a class of DenseTargets is outside [0, {num_classes}): MODEL.RETINANET.NUM_CLASSES"
-    if classes.device.type == "cpu":
-        if not inside:
-            raise ValueError(message)
-    else:
+    low, high = targets.label_NR.aminmax()
+    inside = (low >= IGNORED) & (high < num_classes)
+    message = (
+        f"a label of DenseTargets is neither in [0, {num_classes}), MODEL.RETINANET.NUM_CLASSES, "
+        "nor BACKGROUND or IGNORED"
+    )
+    if inside.device.type != "cpu":
         torch._assert_async(inside, message)  # kernels would write elsewhere; nothing waits
+    elif not inside:
+        raise ValueError(message)
+    return targets.label_maps(logits, num_classes)
 
 
 def _level_sums(
@@ -337,8 +297,8 @@ def _obstacle(name: str) -> str | None:
     N, A, K, H, W = 2, 3, 5, 7, 11
     x = torch.linspace(-30, 30, N * A * K * H * W, device=device).view(N, A * K, H, W)
     labels = (torch.arange(N * A * H * W, device=device) % 29 - 20).clamp(-2, K - 1)
-    labels = torch.where(labels == -2, -1, labels).short().view(N, A, H, W)
-    labels[:, :, ::3, ::4] = eager.IGNORED
+    labels = torch.where(labels == IGNORED, BACKGROUND, labels).short().view(N, A, H, W)
+    labels[:, :, ::3, ::4] = IGNORED
     scale_N = torch.tensor([1.0, 0.25], device=device)
     for loss in (FocalLoss(0.25, 2.0), FocalLoss(0.25, 0.5), CrossEntropy(), FocalLossStar()):
         grad, expected_grad = torch.empty_like(x), torch.empty_like(x)

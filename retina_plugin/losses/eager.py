@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from .classification import ClassificationLoss, FocalLoss, FocalLossStar, known_to_kernels
+from .targets import IGNORED
 
-__all__ = ["IGNORED", "anchor_losses", "compute_dtype", "dense_sums"]
-
-IGNORED = -2  # in a map of labels; -1 is background, others are classes
+__all__ = ["anchor_losses", "compute_dtype", "dense_sums"]
 
 # Elements of one piece on the CPU: small enough for its few fp32 temporaries to be little beside
 # the logits, large enough to hide the overhead of some thirty calls.
@@ -43,7 +42,7 @@ def dense_sums(
         x: (N, A*K, H, W) logits of any dtype and strides.
         grad: where the gradient goes, times ``scale_N``; of the shape of ``x``, or ``x`` itself,
             or None.
-        labels: int16 (N, A, H, W): the class of a positive anchor, -1 for background, ``IGNORED``.
+        labels: int16 (N, A, H, W): the class of a positive anchor, ``BACKGROUND``, ``IGNORED``.
         loss: the elementwise loss and its alpha.
         num_classes: K.
         scale_N: (N,).

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .classification import ClassificationLoss
-from .dense import DenseLoss, DenseTargets
+from .dense import DenseLoss
 from .eager import compute_dtype
+from .targets import DenseTargets
 
 __all__ = ["sampled_classification_loss"]
 

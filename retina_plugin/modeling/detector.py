@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.anchor_generator import build_anchor_generator
-from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
@@ -28,10 +27,12 @@ from retina_plugin.losses import (
     sampled_classification_loss,
 )
 
+from .box_regression import BoxTransform, box_loss_sums
 from .head import RETINANET_HEAD_REGISTRY
 from .inference import DenseInference
 from .labeling import AnchorLabeler
 from .matcher import AnchorMatcher
+from .nonblocking import to_device
 from .normalizer import LossNormalizer
 from .sampling import ANCHOR_SAMPLER_REGISTRY
 from .shapes import gather_anchors
@@ -119,7 +120,7 @@ class FocalRetinaNet(DenseDetector):
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         head_shapes = [shapes[f] for f in retinanet.IN_FEATURES]
-        transform = Box2BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS)
+        transform = BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS)
         matcher = AnchorMatcher(
             retinanet.IOU_THRESHOLDS, retinanet.IOU_LABELS, retinanet.LOW_QUALITY_MATCHES
         )
@@ -155,19 +156,42 @@ class FocalRetinaNet(DenseDetector):
         # these are no modules; the trainer logs the model, and this says what it is trained with
         return f"cls_loss={self.cls_loss}, box_loss={self.box_loss}"
 
+    def forward(self, batched_inputs: Sequence[Mapping[str, Any]]) -> Any:
+        """``DenseDetector.forward``, which see, without its waits for an accelerator."""
+        used = ("image", "height", "width")
+        inputs = [{name: x[name] for name in used if name in x} for x in batched_inputs]
+        inputs = to_device(inputs, self.device)
+        if not self.training:
+            return super().forward(inputs)
+        wanted = getattr(self.labeler, "ignore_iof_thresh", None) is not None
+        # on the host, where a selection does not wait
+        objects, crowds = _split_crowds([x["instances"] for x in batched_inputs], wanted)
+        images = self.preprocess_image(inputs)
+        features = self.backbone(images.tensor)
+        features = [features[name] for name in self.head_in_features]
+        return self.forward_training(
+            images,
+            features,
+            self.head(features),
+            to_device(objects, self.device),
+            to_device(crowds, self.device),
+        )
+
     def forward_training(
         self,
         images: ImageList,
         features: list[Tensor],
         predictions: tuple[list[Tensor], list[Tensor]],
         gt_instances: list[Instances],
+        crowds: list[Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """{"loss_cls", "loss_box_reg"}: scalars, to be added up (section 4.1, "Optimization")."""
+        """{"loss_cls", "loss_box_reg"}: scalars, to be added up (section 4.1, "Optimization").
+
+        ``crowds``: (C, 4) boxes of each image that are no objects, for the labeler.
+        """
         logits, deltas = predictions
         level_anchors = self.anchor_generator(features)
         anchors_R4 = Boxes.cat(level_anchors).tensor
-        wanted = getattr(self.labeler, "ignore_iof_thresh", None) is not None
-        gt_instances, crowds = _split_crowds(gt_instances, wanted)
         targets = self.labeler(
             anchors_R4,
             [x.gt_boxes.tensor for x in gt_instances],
@@ -178,7 +202,9 @@ class FocalRetinaNet(DenseDetector):
         cls_sums, cls_divisor_N = self._cls_loss_sums(
             anchors_R4, logits, deltas, targets, divisor_N
         )
-        box_sum_N = self._box_loss_sums(anchors_R4, deltas, targets)
+        box_sum_N = box_loss_sums(
+            self.box_loss, self.box2box_transform, anchors_R4, deltas, targets
+        )
         self._log(level_anchors, targets, cls_sums, cls_divisor_N)
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
             self._visualize(images, gt_instances, features, predictions)
@@ -234,22 +260,6 @@ class FocalRetinaNet(DenseDetector):
         kept_N = torch.bincount(sample.image, minlength=targets.num_images)
         return sums, kept_N.clamp(min=1).float() * targets.num_images
 
-    def _box_loss_sums(
-        self, anchors_R4: Tensor, deltas: list[Tensor], targets: DenseTargets
-    ) -> Tensor:
-        """(N,) sums over the positives of an image; exactly 0, with a graph, where it has none."""
-        anchors_P4 = anchors_R4[targets.positive_anchor]
-        deltas_P4 = gather_anchors(deltas, targets.positive_image, targets.positive_anchor, 4)
-        if self.box_loss.on == "boxes":
-            boxes_P4 = self.box2box_transform.apply_deltas(deltas_P4, anchors_P4)
-            loss_P = self.box_loss(boxes_P4, targets.positive_gt_box)
-        else:
-            target_P4 = self.box2box_transform.get_deltas(anchors_P4, targets.positive_gt_box)
-            # fp32 as Detectron2's loss is under AMP; the deltas of the head may be 16 bit
-            loss_P = self.box_loss(deltas_P4.float(), target_P4)
-        sums_N = loss_P.new_zeros(targets.num_images)
-        return sums_N.index_add(0, targets.positive_image, loss_P)
-
     @torch.no_grad()
     def _visualize(
         self,
@@ -274,12 +284,12 @@ class FocalRetinaNet(DenseDetector):
         # each number waits for the accelerator: as often as Detectron2's trainer writes them
         if anchors[0].device.type != "cpu" and (storage.iter + 1) % LOG_PERIOD:
             return
-        num_images = targets.num_images
-        ends = torch.tensor([len(a) for a in anchors]).cumsum(0).to(targets.positive_anchor)
-        level_P = torch.bucketize(targets.positive_anchor, ends, right=True)
-        per_level = torch.bincount(level_P, minlength=len(anchors)) / num_images
-        storage.put_scalar("num_pos_anchors", len(targets.positive_anchor) / num_images)
-        for name, count in zip(self.head_in_features, per_level.tolist()):
+        per_level = [
+            (label >= 0).sum().item() / targets.num_images
+            for label in targets.label_NR.split([len(a) for a in anchors], dim=1)
+        ]
+        storage.put_scalar("num_pos_anchors", sum(per_level))
+        for name, count in zip(self.head_in_features, per_level):
             storage.put_scalar(f"retinanet/num_pos_{name}", count)
         storage.put_scalars(
             **{

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retina_plugin.errors import ConfigError
-from retina_plugin.losses.dense import DenseTargets
+from retina_plugin.losses.targets import BACKGROUND, IGNORED, DenseTargets
 
 __all__ = ["AnchorLabeler"]
 
@@ -52,7 +52,7 @@ class AnchorLabeler:
         gt_classes: Sequence[Tensor],
         ignore_boxes: Sequence[Tensor] | None = None,
     ) -> DenseTargets:
-        """Label a batch. An accelerator is waited for twice, however many images there are.
+        """Label a batch. Nothing waits for an accelerator, if the matcher does not.
 
         Args:
             anchors_R4: all levels' anchors, XYXY in pixels of the network's input.
@@ -60,49 +60,38 @@ class AnchorLabeler:
             gt_classes: N tensors (G,) int64.
             ignore_boxes: N tensors (C, 4) of crowd boxes in the same frame; C may be 0.
 
-        Returns:
-            Positives and ignored anchors, ordered by image and then by anchor.
-
         Raises:
-            ConfigError: a class outside [0, K): ``NUM_CLASSES`` does not fit the dataset.
+            ConfigError: a class outside [0, K): ``NUM_CLASSES`` does not fit the dataset. On an
+                accelerator an assertion of the device.
         """
         shape = (len(gt_boxes), len(anchors_R4))
-        # boxes are counted through the batch, so that positives of all images are found at once
-        gt_NR = torch.empty(shape, dtype=torch.int64, device=anchors_R4.device)
-        label_NR = torch.empty(shape, dtype=torch.int8, device=anchors_R4.device)
+        label_NR = torch.empty(shape, dtype=torch.int16, device=anchors_R4.device)
+        gt_NR = torch.empty_like(label_NR, dtype=torch.int64)
         first = 0
         for n, (boxes, classes) in enumerate(zip(gt_boxes, gt_classes, strict=True)):
             self._check_classes(classes)
             gt_R, label_R = self.matcher(boxes, anchors_R4)
-            torch.add(gt_R, first, out=gt_NR[n])
-            label_NR[n] = label_R
+            torch.add(gt_R, first, out=gt_NR[n])  # boxes are counted through the batch
+            # 0 and -1, for the matcher knows no classes
+            other_R = (label_R + BACKGROUND).clamp_(max=BACKGROUND)
+            label_NR[n] = other_R
+            if len(boxes):
+                label_NR[n] = torch.where(label_R == 1, classes.short()[gt_R], other_R)
             first += len(boxes)
         if self.ignore_iof_thresh is not None and ignore_boxes is not None:
             for label_R, boxes in zip(label_NR, ignore_boxes, strict=True):
                 covered_R = _covered(anchors_R4, boxes, self.ignore_iof_thresh)
-                label_R.masked_fill_(covered_R & (label_R == 0), -1)
-        image, anchor = torch.where(label_NR == 1)
-        ignored_image, ignored_anchor = torch.where(label_NR == -1)
-        gt = gt_NR[image, anchor]
-        return DenseTargets(
-            num_images=len(gt_boxes),
-            positive_image=image,
-            positive_anchor=anchor,
-            positive_class=torch.cat(list(gt_classes))[gt],
-            positive_gt_box=torch.cat(list(gt_boxes))[gt].to(anchors_R4.dtype),
-            ignored_image=ignored_image,
-            ignored_anchor=ignored_anchor,
-        )
+                label_R.masked_fill_(covered_R & (label_R == BACKGROUND), IGNORED)
+        return DenseTargets(label_NR, gt_NR, torch.cat(list(gt_boxes)).to(anchors_R4.dtype))
 
     def _check_classes(self, classes: Tensor) -> None:
-        # On an accelerator this would wait; there the loss asserts it on the device.
-        if classes.device.type == "cpu" and len(classes):
-            low, high = int(classes.min()), int(classes.max())
-            if low < 0 or high >= self.num_classes:
-                raise ConfigError(
-                    f"ground-truth class {high if high >= self.num_classes else low} is outside "
-                    f"[0, {self.num_classes}): set MODEL.RETINANET.NUM_CLASSES to the dataset's"
-                )
+        inside = ((classes >= 0) & (classes < self.num_classes)).all()
+        hint = f"[0, {self.num_classes}): set MODEL.RETINANET.NUM_CLASSES to the dataset's"
+        if classes.device.type != "cpu":
+            torch._assert_async(inside, f"a ground-truth class is outside {hint}")
+        elif not inside:
+            wrong = next(c for c in classes.tolist() if not 0 <= c < self.num_classes)
+            raise ConfigError(f"ground-truth class {wrong} is outside {hint}")
 
 
 def _covered(anchors_R4: Tensor, boxes_C4: Tensor, thresh: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, nms
 
 from retina_plugin.errors import ConfigError
-from retina_plugin.losses.dense import DenseTargets
+from retina_plugin.losses import DenseTargets
 from retina_plugin.registry import ComponentRegistry
 
 __all__ = ["ANCHOR_SAMPLER_REGISTRY", "OHEM", "AllAnchors", "Sample"]
@@ -116,8 +116,7 @@ class OHEM:
             predict_boxes: (image, (S,) anchors) -> (S, 4) decoded boxes, XYXY pixels.
         """
         score_NR = score_anchors()
-        is_positive_NR = torch.zeros_like(score_NR, dtype=torch.bool)
-        is_positive_NR[targets.positive_image, targets.positive_anchor] = True
+        is_positive_NR = targets.label_NR >= 0
         chosen = [
             self._mine(score_R, is_positive_R, partial(predict_boxes, n))
             for n, (score_R, is_positive_R) in enumerate(zip(score_NR, is_positive_NR))

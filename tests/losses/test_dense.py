@@ -21,6 +21,7 @@ from retina_plugin.losses import (
     sampled_classification_loss,
     triton_kernels,
 )
+from retina_plugin.losses.targets import BACKGROUND, IGNORED
 from retina_plugin.modeling.shapes import gather_anchors
 
 N, A, K = 3, 2, 5
@@ -49,15 +50,19 @@ def random_targets(num_positive=14, num_ignored=11, seed=1):
     # image 2 has neither: it is background only
     chosen = torch.randperm(2 * R, generator=generator)[: num_positive + num_ignored]
     positive, ignored = chosen[:num_positive], chosen[num_positive:]
-    return DenseTargets(
-        num_images=N,
-        positive_image=positive // R,
-        positive_anchor=positive % R,
-        positive_class=torch.randint(K, (num_positive,), generator=generator),
-        positive_gt_box=torch.zeros(num_positive, 4),
-        ignored_image=ignored // R,
-        ignored_anchor=ignored % R,
-    )
+    label_NR = torch.full((N, R), BACKGROUND)
+    label_NR.view(-1)[positive] = torch.randint(K, (num_positive,), generator=generator)
+    label_NR.view(-1)[ignored] = IGNORED
+    return targets_of(label_NR)
+
+
+def targets_of(label_NR):
+    """Targets of a classification loss: boxes do not matter."""
+    return DenseTargets(label_NR.short(), torch.zeros_like(label_NR).long(), torch.zeros(1, 4))
+
+
+def background(num_anchors):
+    return targets_of(torch.full((1, num_anchors), BACKGROUND))
 
 
 def focal(x_t, gamma):
@@ -193,8 +198,7 @@ def test_16_bit_logits_lose_only_their_own_rounding(dtype, gamma, backend):
 def test_float16_gradients_survive_a_loss_scale():
     """GradScaler's factor comes in backward: what it lifts into float16's range must be there."""
     x = torch.tensor([-4.0, -5.0, -6.0], dtype=torch.float16).view(1, 3, 1, 1).requires_grad_()
-    none = torch.zeros(0, dtype=torch.int64)
-    targets = DenseTargets(1, none, none, none, torch.zeros(0, 4), none, none)
+    targets = background(1)
     scale = 2.0**17  # more than float16 can hold
     (dense_classification_loss([x], targets, FocalLoss(), 3).total.sum() / 100 * scale).backward()
     leaf = x.detach().double().requires_grad_()
@@ -304,9 +308,7 @@ def test_parts_add_up_and_empty_images_have_no_foreground(backend):
 @each_backend
 def test_everything_ignored_is_exactly_zero(backend):
     logits = random_logits()
-    everything = torch.arange(N * R)
-    none = torch.zeros(0, dtype=torch.int64)
-    targets = DenseTargets(N, none, none, none, torch.zeros(0, 4), everything // R, everything % R)
+    targets = targets_of(torch.full((N, R), IGNORED))
     out = dense_classification_loss(logits, targets, FocalLoss(), K, backend=backend)
     out.total.sum().backward()
     assert torch.equal(out.total.detach(), torch.zeros(N))
@@ -316,8 +318,7 @@ def test_everything_ignored_is_exactly_zero(backend):
 @each_backend
 def test_one_class_and_no_targets(backend):
     x = torch.zeros(1, 1, 1, 1, requires_grad=True)
-    none = torch.zeros(0, dtype=torch.int64)
-    targets = DenseTargets(1, none, none, none, torch.zeros(0, 4), none, none)
+    targets = background(1)
     total = dense_classification_loss([x], targets, CrossEntropy(), 1, backend=backend).total
     total.sum().backward()
     torch.testing.assert_close(total.item(), 0.6931471805599453)
@@ -374,8 +375,7 @@ def test_extra_memory_is_one_gradient_or_none(in_place, times, backend):
     """What is allocated at a time never exceeds the gradient and a few small temporaries."""
     small = 0.2  # an eager piece's temporaries, beside these logits
     x = torch.randn(1, 9 * 80, 128, 128).requires_grad_()
-    none = torch.zeros(0, dtype=torch.int64)
-    targets = DenseTargets(1, none, none, none, torch.zeros(0, 4), none, none)
+    targets = background(9 * 128 * 128)
     logits = [x * 1]
     with torch.profiler.profile(profile_memory=True) as profile:
         dense_classification_loss(
@@ -530,8 +530,7 @@ def set_threads():
 def test_native_does_not_depend_on_the_threads(set_threads, threads, channels_last):
     """The sums to their last digits, the gradient to the bit."""
     torch.manual_seed(0)
-    none = torch.zeros(0, dtype=torch.int64)
-    targets = DenseTargets(1, none, none, none, torch.zeros(0, 4), none, none)
+    targets = background(A * 400 * 300)
     x = torch.randn(1, A * K, 400, 300) - 2  # each thread wants 65,536 entries at least
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -547,14 +546,21 @@ def test_native_does_not_depend_on_the_threads(set_threads, threads, channels_la
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("wrong", [-1, K, 70000])
+@pytest.mark.parametrize("wrong", [-3, K, 32767])
 @each_backend
 def test_a_class_that_does_not_exist_is_refused(channels_last, wrong, backend):
     """Before anything is written where another class is, or nothing."""
     logits, targets = random_logits(channels_last=channels_last), random_targets()
-    targets.positive_class[3] = wrong
-    with pytest.raises(ValueError, match=r"outside \[0, 5\): MODEL.RETINANET.NUM_CLASSES"):
+    targets.label_NR[1, 3] = wrong
+    with pytest.raises(ValueError, match=r"neither in \[0, 5\), MODEL.RETINANET.NUM_CLASSES"):
         dense_classification_loss(logits, targets, FocalLoss(), K, backend=backend)
+
+
+def test_targets_of_other_anchors_are_refused():
+    with pytest.raises(ValueError, match=f"logits of {R} anchors, but targets of 7"):
+        dense_classification_loss(
+            random_logits(), targets_of(torch.full((N, 7), BACKGROUND)), FocalLoss(), K
+        )
 
 
 @each_backend
@@ -562,8 +568,7 @@ def test_16_bit_gradients_are_not_scaled_by_a_rounded_factor(backend):
     """1/3 in bfloat16 is .2 % off, and so would the sum of the gradients be."""
     torch.manual_seed(0)
     x = (torch.randn(1, 8, 50, 50) - 2).bfloat16().requires_grad_()
-    none = torch.zeros(0, dtype=torch.int64)
-    targets = DenseTargets(1, none, none, none, torch.zeros(0, 4), none, none)
+    targets = background(50 * 50)
     total = dense_classification_loss([x], targets, FocalLoss(), 8, backend=backend).total
     (total / 3).sum().backward()
     leaf = x.detach().double().requires_grad_()
@@ -585,8 +590,8 @@ def test_logits_that_are_not_finite(loss, channels_last, backend):
     x[0, 0, 0] = torch.tensor([-torch.inf, -1e15, -3e38, -1e5, -2000.0])
     x[0, A * K - 1, 2, 4] = torch.nan  # of the last anchor
     x = x.contiguous(memory_format=layout).requires_grad_()
-    none, last = torch.zeros(0, dtype=torch.int64), torch.tensor([3 * 5 * A - 1])
-    targets = DenseTargets(1, none, none, none, torch.zeros(0, 4), last * 0, last)
+    targets = background(3 * 5 * A)
+    targets.label_NR[0, -1] = IGNORED
     out = dense_classification_loss([x], targets, loss, K, backend=backend)
     out.total.sum().backward()
     counted = A * K * 15 - 5 - K  # the five logits, the ignored anchor's K
@@ -594,7 +599,7 @@ def test_logits_that_are_not_finite(loss, channels_last, backend):
     torch.testing.assert_close(out.total.item(), (counted * one).item(), rtol=1e-6, atol=0)
     assert x.grad.isfinite().all() and (x.grad[0, 0, 0].abs() < 1e-30).all()
 
-    targets = DenseTargets(1, none, none, none, torch.zeros(0, 4), none, none)
+    targets = background(3 * 5 * A)
     assert dense_classification_loss([x], targets, loss, K, backend=backend).total.isnan()
 
 
@@ -603,8 +608,7 @@ def test_large_sums_keep_their_digits(backend):
     """Relative error of the sum of 3 million terms and of each gradient, with |x| up to 25."""
     torch.manual_seed(0)
     x = (torch.randn(1, 9 * 80, 64, 64) * 4 - 4).requires_grad_()
-    none = torch.zeros(0, dtype=torch.int64)
-    targets = DenseTargets(1, none, none, none, torch.zeros(0, 4), none, none)
+    targets = background(9 * 64 * 64)
     out = dense_classification_loss([x], targets, FocalLoss(), 80, backend=backend)
     out.total.sum().backward()
     leaf = x.detach().double().requires_grad_()

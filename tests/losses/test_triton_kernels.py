@@ -237,10 +237,11 @@ def test_scale_in_place(interpreted):
 
 def check_engine():
     x = level(2, 5, 6, 4)[0]
-    index = torch.arange(4)
-    targets = dense.DenseTargets(
-        2, index % 2, index * 7, index, torch.zeros(4, 4), index % 2, index * 7 + 3
-    )
+    image, anchor = torch.arange(4) % 2, torch.arange(4) * 7
+    label = torch.full((2, x[0].numel() // 5), dense.BACKGROUND, dtype=torch.int16)
+    label[image, anchor] = torch.arange(4).short()
+    label[image, anchor + 3] = dense.IGNORED
+    targets = dense.DenseTargets(label, torch.zeros_like(label).long(), torch.zeros(1, 4))
     found = {}
     for backend in ("eager", "triton"):
         logits = x.clone().requires_grad_()

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from retina_plugin.errors import ConfigError
 from retina_plugin.modeling import AnchorLabeler, AnchorMatcher
@@ -63,28 +62,6 @@ def test_only_empty_images():
     targets = labeler("always")(ANCHORS, NO_BOXES * 2, NO_CLASSES * 2)
     assert len(targets.positive_anchor) == len(targets.ignored_anchor) == 0
     assert targets.num_positives_N().tolist() == [0, 0]
-
-
-class CountNonzero(TorchDispatchMode):
-    calls = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += func.overloadpacket.__name__ == "nonzero"
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("images", [1, 8])
-def test_a_batch_takes_two_searches(images):
-    """A search makes the host wait for an accelerator; crowds need none."""
-
-    def match(boxes, anchors):  # not the CPU's matcher, which searches
-        return torch.zeros(4, dtype=torch.int64), torch.tensor([0, 1, -1, 0], dtype=torch.int8)
-
-    with CountNonzero() as count:
-        AnchorLabeler(match, 4, 0.5)(
-            ANCHORS, [BOXES[2]] * images, [CLASSES[2]] * images, [BOXES[0]] * images
-        )
-    assert count.calls == 2
 
 
 @pytest.mark.parametrize("wrong, named", [(4, "class 4"), (-1, "class -1")])

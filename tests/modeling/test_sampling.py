@@ -7,7 +7,7 @@ from torchvision.ops import box_iou, nms
 
 from retina_plugin import add_retina_config
 from retina_plugin.errors import ConfigError
-from retina_plugin.losses import DenseTargets
+from retina_plugin.losses.targets import BACKGROUND, IGNORED, DenseTargets
 from retina_plugin.modeling import ANCHOR_SAMPLER_REGISTRY, OHEM, AllAnchors, sampling
 
 R = 600
@@ -21,15 +21,9 @@ def scene(seed, num_positive=20, num_ignored=30):
     score = (torch.rand(2, R, generator=generator) * 40).round()  # rounded: many are equal
     chosen = torch.randperm(R, generator=generator)[: num_positive + num_ignored]
     positive, ignored = chosen[:num_positive], chosen[num_positive:]
-    targets = DenseTargets(
-        num_images=2,
-        positive_image=torch.zeros_like(positive),
-        positive_anchor=positive,
-        positive_class=torch.zeros_like(positive),
-        positive_gt_box=torch.zeros(num_positive, 4),
-        ignored_image=torch.zeros_like(ignored),
-        ignored_anchor=ignored,
-    )
+    label = torch.full((2, R), BACKGROUND, dtype=torch.int16)
+    label[0, positive], label[0, ignored] = 0, IGNORED
+    targets = DenseTargets(label, torch.zeros(2, R, dtype=torch.int64), torch.zeros(1, 4))
     score[0, ignored] = -torch.inf
     return targets, score, boxes
 
