@@ -163,6 +163,11 @@ class FocalRetinaNet(DenseDetector):
         inputs = to_device(inputs, self.device)
         if not self.training:
             return super().forward(inputs)
+        if not all("instances" in x for x in batched_inputs):
+            raise ConfigError(
+                "a training image has no 'instances': give it a mapper made for training "
+                "(is_train=True), or call model.eval() to detect"
+            )
         wanted = getattr(self.labeler, "ignore_iof_thresh", None) is not None
         # on the host, where a selection does not wait
         objects, crowds = _split_crowds([x["instances"] for x in batched_inputs], wanted)

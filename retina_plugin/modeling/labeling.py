@@ -72,11 +72,12 @@ class AnchorLabeler:
             self._check_classes(classes)
             gt_R, label_R = self.matcher(boxes, anchors_R4)
             torch.add(gt_R, first, out=gt_NR[n])  # boxes are counted through the batch
-            # 0 and -1, for the matcher knows no classes
+            # the matcher's 0 and -1
             other_R = (label_R + BACKGROUND).clamp_(max=BACKGROUND)
-            label_NR[n] = other_R
             if len(boxes):
                 label_NR[n] = torch.where(label_R == 1, classes.short()[gt_R], other_R)
+            else:
+                label_NR[n] = other_R
             first += len(boxes)
         if self.ignore_iof_thresh is not None and ignore_boxes is not None:
             for label_R, boxes in zip(label_NR, ignore_boxes, strict=True):

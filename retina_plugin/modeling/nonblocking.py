@@ -28,6 +28,6 @@ def to_device(x: Any, device: torch.device) -> Any:
         return Instances(x.image_size, **to_device(x.get_fields(), device))
     if not isinstance(x, Tensor):
         return x.to(device) if hasattr(x, "to") else x  # Detectron2's masks, keypoints
-    if device.type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

@@ -344,3 +344,10 @@ def test_a_model_to_detect_with_needs_no_kernel(monkeypatch):
     cfg.MODEL.RETINANET.LOSS_BACKEND = "cuda"
     with pytest.raises(ConfigError, match="LOSS_BACKEND: no 'cuda'; known: auto, eager, native"):
         build_model(cfg)
+
+
+def test_a_batch_without_ground_truth_says_what_to_do(pair):
+    model = pair[0].train()
+    with pytest.raises(ConfigError, match=r"no 'instances': .*is_train=True"):
+        model([{"image": image(0)}])
+    model.eval()
