@@ -5,8 +5,8 @@
 
 All contenders of a stage run in this process in turns, round after round, once their results were
 compared; each contest says how, and who is not compared. Times are of this process's CPU on one
-thread; on an accelerator, or with more threads, of the wall clock. Ratios are medians of the
-rounds' ratios. Writes a JSON file and pictures.
+thread; on an accelerator, or with more threads, of the wall clock. Runs of less than 20 ms are
+repeated within a round. Ratios are medians of the rounds' ratios. Writes a JSON file and pictures.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -50,6 +51,10 @@ STAGES: dict[str, Callable[[str], Iterator[Contest]]] = {
 
 CLOCKS = ("CPU time of the process", "wall clock")
 
+# Seconds that a round takes at least: what is shorter is repeated, so that its time is its own and
+# not that of the caches as the one before left them.
+_SHORTEST = 0.02
+
 # glibc gives large blocks back at once and the next tensor pays for every page again. That flatters
 # whoever allocates less, which is ours: the heap is kept unless --default-malloc.
 _WARM_HEAP = {
@@ -80,7 +85,8 @@ def compare(contest: Contest, rounds: int, device: str) -> list[Result]:
 
     Args:
         contest: see :class:`Contest`; ``contest.rounds`` bounds ``rounds``.
-        rounds: after one of warm-up; a single round has none, for everything has run by then.
+        rounds: after one of warm-up, which tells how often a short run is repeated in a round; a
+            single round has none, for everything has run by then.
         device: "cpu" or "cuda".
 
     Raises:
@@ -94,12 +100,15 @@ def compare(contest: Contest, rounds: int, device: str) -> list[Result]:
     }
     rounds = min(rounds, contest.rounds)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contest.contenders}
+    runs = dict.fromkeys(contest.contenders, 1)
     warm_up = rounds > 1
     for number in range(rounds + warm_up):
         for name in contest.contenders:
-            took = stopwatch(contest.ready(name), device)
+            took = stopwatch(contest.ready(name), device, runs[name])
             if number or not warm_up:
                 times[name].append(took)
+            elif name not in contest.prepare:
+                runs[name] = math.ceil(_SHORTEST / max(took[1], 1e-6))
     which = CLOCKS.index(clock(device))
     base = next(iter(times.values()))
     results = []
@@ -128,13 +137,14 @@ def clock(device: str) -> str:
     return CLOCKS[0] if device == "cpu" and torch.get_num_threads() == 1 else CLOCKS[1]
 
 
-def stopwatch(run: Callable[[], Any], device: str) -> tuple[float, float]:
-    """Seconds of this process's CPU and of the wall clock."""
+def stopwatch(run: Callable[[], Any], device: str, times: int = 1) -> tuple[float, float]:
+    """Seconds of this process's CPU and of the wall clock that a run takes."""
     synchronize(device)
     cpu, wall = time.process_time(), time.perf_counter()
-    run()
+    for _ in range(times):
+        run()
     synchronize(device)
-    return time.process_time() - cpu, time.perf_counter() - wall
+    return (time.process_time() - cpu) / times, (time.perf_counter() - wall) / times
 
 
 def peak_memory(run: Callable[[], Any], device: str) -> int:

@@ -1,6 +1,7 @@
 """The benchmark's arithmetic, and that what it compares agrees."""
 
 import json
+import time
 from itertools import islice
 
 import pytest
@@ -22,7 +23,7 @@ def test_ratios_are_of_the_rounds_against_the_first(monkeypatch):
     clock = iter([9.0, 9.0, 4.0, 2.0, 6.0, 1.0, 8.0, 2.0])  # warm-up, then peer and ours in turns
     order = []
 
-    def stopwatch(run, device):
+    def stopwatch(run, device, times):
         run()
         took = next(clock)
         return took, took + 100
@@ -46,7 +47,7 @@ def test_a_single_round_is_one(monkeypatch):
     """No warm-up, nothing thrown away; what a run uses up is made anew, outside the stopwatch."""
     order = []
 
-    def stopwatch(run, device):
+    def stopwatch(run, device, times):
         order.append("start")
         run()
         return 1.0, 1.0
@@ -64,10 +65,36 @@ def test_a_single_round_is_one(monkeypatch):
     assert order == ["prepare", "run", "prepare", "start", "run"] and ours.rounds == 1
 
 
+def test_short_runs_are_repeated_within_a_round():
+    """As often as the warm-up says, the time being that of one; not what a run uses up."""
+    runs = {"short": 0, "long": 0, "used up": 0}
+
+    def run(name, seconds):
+        def work():
+            runs[name] += 1
+            time.sleep(seconds)
+
+        return work
+
+    contest = Contest(
+        "stage",
+        "name",
+        {"short": run("short", 0.005), "long": run("long", 0.025), "used up": run("used up", 0)},
+        lambda results: "equal",
+        memory=False,
+        prepare={"used up": lambda: None},
+    )
+    short, _, _ = benchmark.compare(contest, rounds=2, device="cpu")
+    # the check and the warm-up, then two rounds
+    assert runs["long"] == runs["used up"] == 2 + 2
+    assert runs["short"] > 2 + 2 and (runs["short"] - 2) % 2 == 0
+    assert short.wall_milliseconds < 5 * (runs["short"] - 2) / 2
+
+
 def test_several_threads_are_timed_by_the_wall_clock(monkeypatch):
     """The process's CPU time adds up over threads, so it says nothing about speed."""
     took = {"theirs": (4.0, 2.0), "ours": (6.0, 1.0)}
-    monkeypatch.setattr(benchmark, "stopwatch", lambda run, device: took[run()])
+    monkeypatch.setattr(benchmark, "stopwatch", lambda run, device, times: took[run()])
     names = {"detectron2": lambda: "theirs", "ours": lambda: "ours"}
     contest = Contest("stage", "name", names, lambda results: "equal", memory=False)
     assert benchmark.compare(contest, 1, "cpu")[1].ratio == pytest.approx(4 / 6)
