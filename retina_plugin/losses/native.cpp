@@ -126,8 +126,8 @@ ALWAYS_INLINE void store(BFloat16* out, float value) {  // to nearest, ties to e
 }
 
 constexpr int16_t kIgnored = -2;
-constexpr int64_t kBlock = 256;  // entries whose labels are spread out at a time, in the L1 cache
-constexpr int64_t kLongest = 4 * kBlock;  // entries of background that are added up in float
+constexpr int64_t kBlock = 128;  // entries whose labels are spread out at a time, in the L1 cache
+constexpr int64_t kLongest = 8 * kBlock;  // entries of background that are added up in float
 constexpr int64_t kLanes = 32;  // the widest vectors': what is left of a run takes as long as one
 
 struct Sums {
@@ -248,11 +248,17 @@ void work_anchors(const Job& job, int64_t begin, int64_t end, Sums& sums) {
   Block block(step * job.classes);
   float *sign = block.sign.data(), *weight = block.weight.data();
   bool filled = false;  // whether the block's signs and weights are those of background
-  for (int64_t start = begin; start < end; start += step) {
-    const int64_t count = std::min(step, end - start);
+  for (int64_t start = begin, stop; start < end; start = stop) {
+    stop = std::min(start + step, end);
+    const bool plain = all_background(job.labels + start, stop - start);
+    while (plain && one_weight && stop < end && (stop - start) * job.classes < kLongest) {
+      const int64_t next = std::min(stop + step, end);
+      if (!all_background(job.labels + stop, next - stop)) break;
+      stop = next;
+    }
+    const int64_t count = stop - start;
     const T* x = static_cast<const T*>(job.x) + start * job.classes;
     T* grad = want_grad ? static_cast<T*>(job.grad) + start * job.classes : nullptr;
-    const bool plain = all_background(job.labels + start, count);
     if (plain && one_weight) {
       run_background<kind, want_grad>(x, grad, count * job.classes, first, job.loss, job.scale,
                                       sums);
