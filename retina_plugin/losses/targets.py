@@ -24,7 +24,7 @@ class DenseTargets:
     """
 
     label_NR: Tensor  # int16: the class in [0, K) of a positive, BACKGROUND or IGNORED
-    gt_NR: Tensor  # int64 index into the boxes; of a positive, else anything
+    gt_NR: Tensor  # int64 in [0, G], index into the boxes; means something for positives only
     gt_boxes_G4: Tensor  # those of all images, XYXY in pixels of the network's input
 
     @property

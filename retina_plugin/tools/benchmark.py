@@ -200,9 +200,10 @@ def draw(results: list[Result], title: str, path: Path) -> None:
     for y, r in enumerate(shown):
         axes.text(r.ratio or 0, y, f" {r.ratio:.1f}", va="center", fontsize=8)
     axes.set_yticks(range(len(shown)), labels, fontsize=8)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(right=1.3 * max(r.ratio or 0 for r in shown))  # room for the number
+    axes.set_xlim(right=1.6 * max(r.ratio or 0 for r in shown))  # room for the number
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xlabel("times as fast as Detectron2 (median of the rounds)")
     figure.suptitle(textwrap.fill(title, 110), fontsize=9)
@@ -219,7 +220,7 @@ def draw_figure2(results: list[Result], machine_name: str, path: Path) -> None:
         return
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for depth, marker in (("R50", "o"), ("R101", "s")):
+    for depth, marker, offset in (("R50", "o", (4, -10)), ("R101", "s", (-22, 4))):
         of_depth = [row for row in rows if row.name.startswith(depth)]
         ap = [row.metrics["AP"] for row in of_depth]
         paper = [row.metrics["ms"] for row in of_depth]
@@ -231,7 +232,7 @@ def draw_figure2(results: list[Result], machine_name: str, path: Path) -> None:
                 row.name.split("-")[1],
                 (x, y),
                 fontsize=8,
-                xytext=(4, -9),
+                xytext=offset,
                 textcoords="offset points",
             )
     axes.set_xscale("log")
