@@ -37,7 +37,6 @@ def check_ddp_options(*, static_graph: bool, compression: str, passes: int) -> N
 def make_ddp_model(
     model: nn.Module,
     *,
-    on_cpu: bool = False,
     static_graph: bool = False,
     gradient_as_bucket_view: bool = False,
     compression: str = "none",
@@ -47,7 +46,6 @@ def make_ddp_model(
 
     Args:
         model: on the device of this process.
-        on_cpu: processes without a GPU (gloo).
         static_graph: the same parameters get gradients in every iteration, in the same order.
         gradient_as_bucket_view: gradients are views of the buffers that are sent: saves 1x their
             memory and a copy.
@@ -62,11 +60,11 @@ def make_ddp_model(
     check_ddp_options(static_graph=static_graph, compression=compression, passes=passes)
     options: dict[str, Any] = {
         "broadcast_buffers": False,
+        # with one DDP would move the images itself, each by a copy that waits
+        "device_ids": None,
         "static_graph": static_graph,
         "gradient_as_bucket_view": gradient_as_bucket_view,
     }
-    if on_cpu:
-        options["device_ids"] = None
     model = create_ddp_model(model, **options)
     if isinstance(model, DistributedDataParallel) and compression != "none":
         hooks = {

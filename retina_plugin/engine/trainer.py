@@ -61,7 +61,6 @@ class Trainer(DefaultTrainer):
         check_num_classes(cfg)  # again: a user's dataset may know its classes only once loaded
         model = make_ddp_model(
             model,
-            on_cpu=cfg.MODEL.DEVICE == "cpu",
             static_graph=cfg.SOLVER.DDP.STATIC_GRAPH,
             gradient_as_bucket_view=cfg.SOLVER.DDP.GRADIENT_AS_BUCKET_VIEW,
             compression=cfg.SOLVER.DDP.COMPRESSION,

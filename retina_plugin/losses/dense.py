@@ -318,7 +318,8 @@ def _weights(loss: ClassificationLoss, num_classes: int, device: torch.device) -
     weights_2K = torch.empty(2, num_classes, device=device)
     for row, weight in zip(weights_2K, (loss.negative_weight, loss.positive_weight)):
         if isinstance(weight, Tensor):
-            row.copy_(weight)
+            weight = weight.pin_memory() if device.type == "cuda" else weight
+            row.copy_(weight, non_blocking=True)
         else:
             row.fill_(weight)
     return weights_2K

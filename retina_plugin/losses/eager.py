@@ -1,7 +1,7 @@
 """The dense loss in plain PyTorch: any device, any dtype, any loss.
 
-One pass over the raw head output in pieces small enough to stay in the cache; the few entries that
-are not background are fixed up by index.
+One pass over the raw head output in pieces; the few entries that are not background are fixed up by
+index.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def dense_sums(
         (N, 2): background and foreground sum of each image, not scaled; float64 where the device
         has it.
     """
-    if x.stride(2) != x.stride(3) * x.shape[3]:  # neither contiguous nor channels_last
-        if grad is None:
-            return dense_sums(x.contiguous(), None, labels, loss, num_classes, scale_N)
-        dense = torch.empty(x.shape, dtype=grad.dtype, device=x.device)
-        sums_N2 = dense_sums(x.contiguous(), dense, labels, loss, num_classes, scale_N)
-        grad.copy_(dense)
+    if x.stride(2) != x.stride(3) * x.shape[3]:  # places do not follow each other
+        copy = x.clone(memory_format=torch.contiguous_format)
+        dense = None if grad is None else torch.empty_like(copy, dtype=grad.dtype)
+        sums_N2 = dense_sums(copy, dense, labels, loss, num_classes, scale_N)
+        if grad is not None and dense is not None:
+            grad.copy_(dense)
         return sums_N2
     x = x.unflatten(1, (-1, num_classes)).flatten(3)  # (N, A, K, P), a view
     grad = None if grad is None else grad.unflatten(1, (-1, num_classes)).flatten(3)
@@ -223,7 +223,7 @@ def _steps(x: Tensor) -> tuple[int, int, int]:
         return A, max(1, size // (A * K)), K
     if K * P <= size:
         return size // (K * P), P, K
-    return 1, P, math.ceil(K / math.ceil(K * P / size))
+    return 1, min(P, size), math.ceil(K / math.ceil(K * P / size))
 
 
 def _by_piece(

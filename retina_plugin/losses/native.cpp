@@ -61,8 +61,9 @@ ALWAYS_INLINE float exp_negative(float y, float low) {
   p = std::fma(p, r, 0.49999991059303284f);
   p = std::fma(p, r, 1.0f);
   p = std::fma(p, r, 1.0f);
-  // n is added to p's exponent; NaN's low bits are 0, so that p stays NaN
-  return from_bits(to_bits(p) + static_cast<int32_t>(static_cast<uint32_t>(to_bits(shifted)) << 23));
+  // n is added to p's exponent
+  const uint32_t exponent = static_cast<uint32_t>(to_bits(shifted)) << 23;
+  return select(y == y, from_bits(to_bits(p) + static_cast<int32_t>(exponent)), y);
 }
 
 // log(1 + e) for e in [0, 1]: e times a minimax of degree 9, relative error 1.4e-7.
@@ -126,8 +127,8 @@ ALWAYS_INLINE void store(BFloat16* out, float value) {  // to nearest, ties to e
 }
 
 constexpr int16_t kIgnored = -2;
-constexpr int64_t kBlock = 128;  // entries whose labels are spread out at a time, in the L1 cache
-constexpr int64_t kLongest = 8 * kBlock;  // entries of background that are added up in float
+constexpr int64_t kBlock = 128;  // entries, or a few more, whose labels are spread out at a time
+constexpr int64_t kLongest = 1024;  // entries that are added up in float
 constexpr int64_t kLanes = 32;  // the widest vectors': what is left of a run takes as long as one
 
 struct Sums {
@@ -153,20 +154,22 @@ struct Block {
   explicit Block(int64_t size) : sign(size, 1.0f), weight(size) {}
 };
 
-// Entries that are background, all of one weight. Terms are float and so is their sum, whose lanes
-// hold at most some hundred each.
+// Entries that are background, all of one weight. Terms are float, and so are the sums of kLongest.
 template <Kind kind, bool want_grad, class T>
 void run_background(const T* x, T* grad, int64_t count, float weight, const Loss& loss,
                     float scale, Sums& sums) {
   const float factor = weight * scale;
-  float background = 0.0f;
+  for (int64_t start = 0; start < count; start += kLongest) {
+    const int64_t stop = std::min(start + kLongest, count);
+    float background = 0.0f;
 #pragma omp simd reduction(+ : background)
-  for (int64_t j = 0; j < count; ++j) {
-    const Terms t = terms<kind>(load(x + j), loss);
-    background += t.value;
-    if (want_grad) store(grad + j, factor * t.derivative);
+    for (int64_t j = start; j < stop; ++j) {
+      const Terms t = terms<kind>(load(x + j), loss);
+      background += t.value;
+      if (want_grad) store(grad + j, factor * t.derivative);
+    }
+    sums.background += static_cast<double>(weight) * background;
   }
-  sums.background += static_cast<double>(weight) * background;
 }
 
 // Any entries.
@@ -174,21 +177,24 @@ template <Kind kind, bool want_grad, class T>
 void run(const T* x, T* grad, int64_t count, const Block& block, const Loss& loss, float scale,
          Sums& sums) {
   const float *sign = block.sign.data(), *weight = block.weight.data();
-  float background = 0.0f, foreground = 0.0f;
+  for (int64_t start = 0; start < count; start += kLongest) {
+    const int64_t stop = std::min(start + kLongest, count);
+    float background = 0.0f, foreground = 0.0f;
 #pragma omp simd reduction(+ : background, foreground)
-  for (int64_t j = 0; j < count; ++j) {
-    const Terms t = terms<kind>(sign[j] * load(x + j), loss);
-    // selected, not multiplied: an ignored logit may be infinite or NaN
-    const float value = select(sign[j] == 0, 0.0f, weight[j] * t.value);
-    background += select(sign[j] < 0, 0.0f, value);
-    foreground += select(sign[j] < 0, value, 0.0f);
-    if (want_grad) {
-      const float factor = sign[j] * weight[j] * scale;
-      store(grad + j, select(sign[j] == 0, 0.0f, factor * t.derivative));
+    for (int64_t j = start; j < stop; ++j) {
+      const Terms t = terms<kind>(sign[j] * load(x + j), loss);
+      // selected, not multiplied: an ignored logit may be infinite or NaN
+      const float value = select(sign[j] == 0, 0.0f, weight[j] * t.value);
+      background += select(sign[j] < 0, 0.0f, value);
+      foreground += select(sign[j] < 0, value, 0.0f);
+      if (want_grad) {
+        const float factor = sign[j] * weight[j] * scale;
+        store(grad + j, select(sign[j] == 0, 0.0f, factor * t.derivative));
+      }
     }
+    sums.background += background;
+    sums.foreground += foreground;
   }
-  sums.background += background;
-  sums.foreground += foreground;
 }
 
 bool all_background(const int16_t* labels, int64_t count) {
@@ -216,7 +222,7 @@ void work_planes(const Job& job, int64_t begin, int64_t end, Sums& sums) {
     for (int64_t start = 0, stop; start < job.places; start = stop) {
       const bool plain = background[start / kBlock];
       stop = std::min(start + kBlock, job.places);
-      while (plain && stop < job.places && stop - start < kLongest && background[stop / kBlock]) {
+      while (plain && stop < job.places && background[stop / kBlock]) {
         stop = std::min(stop + kBlock, job.places);
       }
       const int64_t count = stop - start;
@@ -251,7 +257,7 @@ void work_anchors(const Job& job, int64_t begin, int64_t end, Sums& sums) {
   for (int64_t start = begin, stop; start < end; start = stop) {
     stop = std::min(start + step, end);
     const bool plain = all_background(job.labels + start, stop - start);
-    while (plain && one_weight && stop < end && (stop - start) * job.classes < kLongest) {
+    while (plain && one_weight && stop < end) {
       const int64_t next = std::min(stop + step, end);
       if (!all_background(job.labels + stop, next - stop)) break;
       stop = next;

@@ -52,8 +52,8 @@ class DenseTargets:
             layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
             yield labels_NAHW.contiguous(memory_format=layout)
 
-    # The lists of the few that are not background. To make one waits for an accelerator, as its
-    # length is not known before: for the CPU, where indices are faster than masks, and the log.
+    # The lists of the few that are not background: for minibatches, and for the CPU, where indices
+    # are faster than masks. To make one waits for an accelerator: its length is not known before.
 
     @functools.cached_property
     def _positive(self) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch import Tensor
 
 from retina_plugin.losses import BoxLoss, DenseTargets
+from retina_plugin.losses.regression import L1, SmoothL1
 
 from .shapes import gather_anchors
 
@@ -50,7 +51,7 @@ def box_loss_sums(
 ) -> Tensor:
     """Sum a box loss over the positives of each image.
 
-    An accelerator is not waited for, if the loss is one of deltas.
+    An accelerator is not waited for, if the loss is smooth L1 or L1.
 
     Args:
         box_loss: elementwise, see :class:`~retina_plugin.losses.BoxLoss`.
@@ -62,10 +63,11 @@ def box_loss_sums(
     Returns:
         (N,) float32; exactly 0, with a graph, for an image without positives.
     """
-    # torchvision's losses of boxes, which select by a mask, wait for an accelerator themselves
-    if anchors_R4.device.type == "cpu" or box_loss.on == "boxes":
-        return _of_positives(box_loss, transform, anchors_R4, deltas, targets)
-    return _of_all(box_loss, transform, anchors_R4, deltas, targets)
+    # torchvision's losses of boxes, which select by a mask, wait for an accelerator themselves, and
+    # in a loss of one's own a row may depend on others
+    if anchors_R4.device.type != "cpu" and type(box_loss) in (SmoothL1, L1):
+        return _of_all(box_loss, transform, anchors_R4, deltas, targets)
+    return _of_positives(box_loss, transform, anchors_R4, deltas, targets)
 
 
 def _of_positives(
@@ -94,7 +96,7 @@ def _of_all(
     deltas: Sequence[Tensor],
     targets: DenseTargets,
 ) -> Tensor:
-    """Every anchor, those that are not positive with a loss of exactly 0; losses of deltas only."""
+    """Every anchor, with a loss of exactly 0 if it is not positive; some 100 bytes each."""
     positive_NR = targets.label_NR >= 0
     positive_NR1 = positive_NR[:, :, None]
     anchors_NR4 = anchors_R4.expand(len(positive_NR), -1, -1)

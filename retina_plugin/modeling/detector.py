@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
-from detectron2.modeling.anchor_generator import build_anchor_generator
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, build_anchor_generator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
@@ -32,7 +32,7 @@ from .head import RETINANET_HEAD_REGISTRY
 from .inference import DenseInference
 from .labeling import AnchorLabeler
 from .matcher import AnchorMatcher
-from .nonblocking import to_device
+from .nonblocking import AnchorGenerator, to_device
 from .normalizer import LossNormalizer
 from .sampling import ANCHOR_SAMPLER_REGISTRY
 from .shapes import gather_anchors
@@ -120,6 +120,9 @@ class FocalRetinaNet(DenseDetector):
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         head_shapes = [shapes[f] for f in retinanet.IN_FEATURES]
+        anchor_generator = build_anchor_generator(cfg, head_shapes)
+        if type(anchor_generator) is DefaultAnchorGenerator:
+            anchor_generator = AnchorGenerator(cfg, head_shapes)
         transform = BoxTransform(weights=retinanet.BBOX_REG_WEIGHTS)
         matcher = AnchorMatcher(
             retinanet.IOU_THRESHOLDS, retinanet.IOU_LABELS, retinanet.LOW_QUALITY_MATCHES
@@ -128,7 +131,7 @@ class FocalRetinaNet(DenseDetector):
             "backbone": backbone,
             "head": RETINANET_HEAD_REGISTRY.build(cfg, head_shapes),
             "head_in_features": retinanet.IN_FEATURES,
-            "anchor_generator": build_anchor_generator(cfg, head_shapes),
+            "anchor_generator": anchor_generator,
             "labeler": AnchorLabeler(matcher, retinanet.NUM_CLASSES, retinanet.IGNORE_IOF_THRESH),
             "sampler": ANCHOR_SAMPLER_REGISTRY.build(cfg),
             "cls_loss": CLS_LOSS_REGISTRY.build(cfg),
@@ -158,9 +161,7 @@ class FocalRetinaNet(DenseDetector):
 
     def forward(self, batched_inputs: Sequence[Mapping[str, Any]]) -> Any:
         """``DenseDetector.forward``, which see, without its waits for an accelerator."""
-        used = ("image", "height", "width")
-        inputs = [{name: x[name] for name in used if name in x} for x in batched_inputs]
-        inputs = to_device(inputs, self.device)
+        inputs = [{**x, "image": to_device(x["image"], self.device)} for x in batched_inputs]
         if not self.training:
             return super().forward(inputs)
         if not all("instances" in x for x in batched_inputs):
@@ -168,19 +169,15 @@ class FocalRetinaNet(DenseDetector):
                 "a training image has no 'instances': give it a mapper made for training "
                 "(is_train=True), or call model.eval() to detect"
             )
-        wanted = getattr(self.labeler, "ignore_iof_thresh", None) is not None
         # on the host, where a selection does not wait
-        objects, crowds = _split_crowds([x["instances"] for x in batched_inputs], wanted)
+        objects, crowds = self._split_crowds([x["instances"] for x in batched_inputs])
         images = self.preprocess_image(inputs)
         features = self.backbone(images.tensor)
         features = [features[name] for name in self.head_in_features]
-        return self.forward_training(
-            images,
-            features,
-            self.head(features),
-            to_device(objects, self.device),
-            to_device(crowds, self.device),
-        )
+        arguments = images, features, self.head(features), to_device(objects, self.device)
+        if crowds is None:
+            return self.forward_training(*arguments)
+        return self.forward_training(*arguments, crowds=to_device(crowds, self.device))
 
     def forward_training(
         self,
@@ -192,8 +189,11 @@ class FocalRetinaNet(DenseDetector):
     ) -> dict[str, Tensor]:
         """{"loss_cls", "loss_box_reg"}: scalars, to be added up (section 4.1, "Optimization").
 
-        ``crowds``: (C, 4) boxes of each image that are no objects, for the labeler.
+        ``crowds``: (C, 4) boxes of each image that are no objects, for the labeler; None where they
+        are still among the instances.
         """
+        if crowds is None:
+            gt_instances, crowds = self._split_crowds(gt_instances)
         logits, deltas = predictions
         level_anchors = self.anchor_generator(features)
         anchors_R4 = Boxes.cat(level_anchors).tensor
@@ -217,6 +217,23 @@ class FocalRetinaNet(DenseDetector):
             "loss_cls": (cls_sums.total / cls_divisor_N).sum(),
             "loss_box_reg": (box_sum_N / divisor_N).sum(),
         }
+
+    def _split_crowds(
+        self, gt_instances: list[Instances]
+    ) -> tuple[list[Instances], list[Tensor] | None]:
+        """Objects, and the boxes of crowds where the mapper has kept them (``gt_ignore``)."""
+        wanted = getattr(self.labeler, "ignore_iof_thresh", None) is not None
+        kept = [x.has("gt_ignore") for x in gt_instances]
+        if not wanted and not any(kept):
+            return gt_instances, None
+        if not all(kept):
+            raise ConfigError(
+                "MODEL.RETINANET.IGNORE_IOF_THRESH needs the field gt_ignore of each image's "
+                "instances: set INPUT.MAPPER FastMapper, add it in your own mapper, or set the key "
+                "to None"
+            )
+        objects = [x[~x.gt_ignore] for x in gt_instances]
+        return objects, [x.gt_boxes.tensor[x.gt_ignore] for x in gt_instances]
 
     def forward_inference(
         self,
@@ -304,19 +321,3 @@ class FocalRetinaNet(DenseDetector):
                 "retinanet/normalizer": divisor_N.mean().item(),
             }
         )
-
-
-def _split_crowds(
-    gt_instances: list[Instances], wanted: bool
-) -> tuple[list[Instances], list[Tensor] | None]:
-    """Objects, and the boxes of crowds where the dataset mapper has kept them (``gt_ignore``)."""
-    kept = [x.has("gt_ignore") for x in gt_instances]
-    if not wanted and not any(kept):
-        return gt_instances, None
-    if not all(kept):
-        raise ConfigError(
-            "MODEL.RETINANET.IGNORE_IOF_THRESH needs the field gt_ignore of each image's "
-            "instances: set INPUT.MAPPER FastMapper, add it in your own mapper, or set it to None"
-        )
-    objects = [x[~x.gt_ignore] for x in gt_instances]
-    return objects, [x.gt_boxes.tensor[x.gt_ignore] for x in gt_instances]

@@ -71,13 +71,12 @@ class AnchorLabeler:
         for n, (boxes, classes) in enumerate(zip(gt_boxes, gt_classes, strict=True)):
             self._check_classes(classes)
             gt_R, label_R = self.matcher(boxes, anchors_R4)
+            # of what is not positive a matcher may name any box, or none
+            gt_R = gt_R.long().clamp(0, max(len(boxes) - 1, 0))
             torch.add(gt_R, first, out=gt_NR[n])  # boxes are counted through the batch
-            # the matcher's 0 and -1
-            other_R = (label_R + BACKGROUND).clamp_(max=BACKGROUND)
+            label_NR[n] = torch.where(label_R == -1, IGNORED, BACKGROUND)
             if len(boxes):
-                label_NR[n] = torch.where(label_R == 1, classes.short()[gt_R], other_R)
-            else:
-                label_NR[n] = other_R
+                label_NR[n] = torch.where(label_R == 1, classes.short()[gt_R], label_NR[n])
             first += len(boxes)
         if self.ignore_iof_thresh is not None and ignore_boxes is not None:
             for label_R, boxes in zip(label_NR, ignore_boxes, strict=True):

@@ -21,7 +21,8 @@ __all__ = ["LOW_QUALITY_MATCHES", "AnchorMatcher", "Matches"]
 
 LOW_QUALITY_MATCHES = ("always", "above_background", "never")
 
-# IoUs computed at a time on the CPU: their three temporaries stay in or near a core's cache.
+# IoUs computed at a time on the CPU, twice as many at most: their three temporaries stay in or near
+# a core's cache.
 _IOUS = 1 << 18
 # Anchors of a piece at least and at most: short pieces miss more boxes, long ones take fewer calls.
 _SHORTEST, _LONGEST = 1 << 12, 1 << 13

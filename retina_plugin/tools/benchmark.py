@@ -5,8 +5,9 @@
 
 All contenders of a stage run in this process in turns, round after round, once their results were
 compared; each contest says how, and who is not compared. Times are of this process's CPU on one
-thread; on an accelerator, or with more threads, of the wall clock. Runs of less than 20 ms are
-repeated within a round. Ratios are medians of the rounds' ratios. Writes a JSON file and pictures.
+thread; on an accelerator, or with more threads, of the wall clock. With two rounds or more, a run
+of less than 20 ms is repeated within a round. Ratios are medians of the rounds' ratios. Writes a
+JSON file and pictures.
 """
 
 from __future__ import annotations

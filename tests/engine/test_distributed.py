@@ -70,7 +70,7 @@ def gradients(model, rank, ddp, options, recomputed, compiled=False):
         checkpoint_activations(nn.Identity(), model.head)
     if compiled:
         model.head[0].compile(backend="eager", dynamic=True)  # as prepare_model does
-    model = make_ddp_model(model, on_cpu=True, **ddp)
+    model = make_ddp_model(model, **ddp)
     assert isinstance(model, DistributedDataParallel)
     for option in ("static_graph", "gradient_as_bucket_view"):
         assert getattr(model, option) == ddp.get(option, False)

@@ -314,7 +314,7 @@ def test_the_keys_of_the_solver_reach_the_step(tiny_cfg, one_batch, monkeypatch)
     tiny_cfg.SOLVER.DDP.COMPRESSION = "bfloat16"
     fast = Trainer(tiny_cfg)._trainer
     assert (fast.passes, fast.precision, fast.grad_scaler) == (2, torch.bfloat16, None)
-    names = ("on_cpu", "static_graph", "gradient_as_bucket_view", "compression", "passes")
+    names = ("static_graph", "gradient_as_bucket_view", "compression", "passes")
     assert seen == [
         dict(zip(names, (True, False, False, "none", 1))),
         dict(zip(names, (True, True, True, "bfloat16", 2))),

@@ -233,6 +233,58 @@ def test_pieces_and_memory_layout_change_nothing(monkeypatch, piece, order):
 
 
 @pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(2, 1, 10, 6).transpose(1, 2),
+        torch.randn(2, 1, 10, 6).permute(0, 2, 3, 1),
+        torch.randn(2, 10, 1, 6).transpose(2, 3),
+    ],
+    ids=lambda x: str(x.stride()),
+)
+@each_backend
+def test_the_stride_of_a_single_row_or_column_does_not_matter(x, backend):
+    """To PyTorch these are contiguous, whatever that stride is: ``contiguous`` copies nothing."""
+    results = []
+    for logits in (x.clone(), x.clone(memory_format=torch.contiguous_format)):
+        assert logits.is_contiguous()
+        logits.requires_grad_()
+        total = dense_classification_loss(
+            [logits], targets_of(torch.full((2, 12), BACKGROUND)), FocalLoss(), 5, backend=backend
+        ).total
+        total.sum().backward()
+        results.append((total.detach(), logits.grad))
+    assert x.clone().stride() != results[1][1].stride()
+    torch.testing.assert_close(*results)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00001, 0x7FC00000, -1])
+@pytest.mark.parametrize("loss", [FocalLoss(), CrossEntropy(), FocalLossStar()], ids=repr)
+def test_native_gives_every_nan_a_nan(bits, loss):
+    """CUDA's own has other bits than the CPU's."""
+    x = torch.tensor([bits], dtype=torch.int32).view(torch.float32).expand(40).clone()
+    x = x.view(1, 1, 5, 8).requires_grad_()
+    total = dense_classification_loss([x], background(40), loss, 1, backend="native").total
+    total.sum().backward()
+    assert total.isnan() and x.grad.isnan().all()
+
+
+@each_backend
+@pytest.mark.parametrize("ignored", [0, 3])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_sums_of_many_classes_keep_their_digits(backend, ignored, channels_last):
+    """LVIS has 1203 classes: as many equal terms are added for each anchor."""
+    x = torch.full((1, 1203, 8, 8), -4.595)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    targets = background(64)
+    targets.label_NR[0, :ignored] = IGNORED
+    total = dense_classification_loss([x], targets, FocalLoss(), 1203, backend=backend).total
+    leaf = torch.tensor(-4.595).double()
+    exact = 0.75 * (64 - ignored) * 1203 * torch.sigmoid(leaf) ** 2 * F.softplus(leaf)
+    assert abs(total.item() / exact.item() - 1) <= 1e-6
+
+
+@pytest.mark.parametrize(
     "loss, elementwise",
     [
         *((FocalLoss(0.25, gamma), lambda x_t, g=gamma: focal(x_t, g)) for gamma in GAMMAS),

@@ -4,11 +4,10 @@ import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 
-from retina_plugin.losses.regression import L1, SmoothL1
+from retina_plugin.losses.regression import L1, BoxLoss, GIoU, SmoothL1
 from retina_plugin.losses.targets import BACKGROUND, DenseTargets
 from retina_plugin.modeling import box_regression
-from retina_plugin.modeling.box_regression import BoxTransform, encode
-from retina_plugin.modeling.shapes import gather_anchors
+from retina_plugin.modeling.box_regression import BoxTransform, box_loss_sums, encode
 
 TRANSFORM = BoxTransform((1.0, 1.0, 1.0, 1.0))
 
@@ -38,9 +37,11 @@ def test_the_loss_of_all_anchors_is_that_of_the_positives(loss, positives):
         deltas = [
             torch.randn(N, A * 4, h, w, generator=generator.manual_seed(3)) for h, w in shapes
         ]
-        deltas[0].view(N, A, 4, -1)[:, :, :, 0] *= 1e30
-        rows = gather_anchors(deltas, chosen // R, chosen % R, 4)
-        assert rows.abs().max() > 1e29
+        h, w = shapes[0]
+        others = [i.item() for i in chosen[positives:] if i % R < A * h * w]
+        for i, wild in zip(others, (torch.inf, -torch.inf, torch.nan, 1e30)):
+            place, a = i % R // A, i % R % A
+            deltas[0][i // R, 4 * a : 4 * a + 4, place // w, place % w] = wild
         deltas = [x.requires_grad_() for x in deltas]
         sums_N = sums_of(loss, TRANSFORM, anchors, deltas, targets)
         results.append((sums_N.detach(), torch.autograd.grad(sums_N.sum(), deltas)))
@@ -56,3 +57,22 @@ def test_boxes_are_encoded_as_by_detectron2(dtype):
     weights = (10.0, 5.0, 3.0, 7.0)
     expected = Box2BoxTransform(weights).get_deltas(anchors, boxes)
     assert torch.equal(encode(anchors, boxes, weights), expected)
+
+
+class Lightest(BoxLoss):
+    """Not one of an anchor alone: the mean over the rows is taken off."""
+
+    def __call__(self, prediction, target):
+        loss = (prediction - target).abs().sum(dim=1)
+        return loss - loss.mean()
+
+
+def test_only_losses_of_an_anchor_alone_get_all_anchors(monkeypatch):
+    """On an accelerator; a loss of one's own sees the positives there, too."""
+    called = []
+    monkeypatch.setattr(box_regression, "_of_all", lambda *_: called.append("all"))
+    monkeypatch.setattr(box_regression, "_of_positives", lambda *_: called.append("positives"))
+    for device in ("cpu", "meta"):
+        for loss in (SmoothL1(), L1(), GIoU(), Lightest()):
+            box_loss_sums(loss, TRANSFORM, torch.zeros(1, 4, device=device), [], None)
+    assert called == ["positives"] * 4 + ["all", "all", "positives", "positives"]

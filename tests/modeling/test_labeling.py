@@ -131,3 +131,17 @@ def test_without_threshold_or_crowds_nothing_changes(settings, crowds):
 def test_an_impossible_share_names_its_key(thresh):
     with pytest.raises(ConfigError, match=r"IGNORE_IOF_THRESH must lie in \(0, 1\]"):
         labeler(ignore_iof_thresh=thresh)
+
+
+@pytest.mark.parametrize("nothing", [-2, 7])
+@pytest.mark.parametrize("dtypes", [(torch.int64, torch.int8), (torch.int32, torch.int64)])
+def test_a_matcher_may_name_any_box_for_what_is_not_positive(nothing, dtypes):
+    def match(boxes, anchors):
+        index = torch.tensor([nothing, 0, nothing, nothing], dtype=dtypes[0])
+        label = torch.tensor([0, 1 if len(boxes) else 0, -1, 0], dtype=dtypes[1])
+        return index, label
+
+    targets = AnchorLabeler(match, 4)(ANCHORS, BOXES, CLASSES)
+    assert targets.label_NR.tolist() == [[-1, 3, -2, -1], [-1, -1, -2, -1], [-1, 0, -2, -1]]
+    assert torch.equal(targets.positive_gt_box, torch.stack([BOXES[0][0], BOXES[2][0]]))
+    assert 0 <= targets.gt_NR.min() and targets.gt_NR.max() <= len(targets.gt_boxes_G4)

@@ -1,21 +1,24 @@
-"""A training step that never waits for an accelerator, seen on a machine that has none.
+"""Losses of a training step that wait for no accelerator, seen on a machine that has none.
 
 Under PyTorch's FakeTensorMode tensors of any device have shapes but no numbers, and what would have
-to wait for a number (``item``, ``nonzero``, a selection by a mask) is an error.
+to wait for a number (``item``, ``nonzero``, a selection by a mask) is an error. A copy between the
+devices is none; these are watched for.
 """
 
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.structures import Boxes, ImageList, Instances, RotatedBoxes
 from detectron2.utils.events import EventStorage
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicShape
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retina_plugin import add_retina_config
 from retina_plugin.losses import dense
 from retina_plugin.modeling import AnchorLabeler, AnchorMatcher
-from retina_plugin.modeling.nonblocking import to_device
+from retina_plugin.modeling.nonblocking import AnchorGenerator, to_device
 
 WAITS = (DataDependentOutputException, DynamicShape)
 
@@ -33,6 +36,7 @@ def step(tiny_cfg, monkeypatch):
         monkeypatch.setattr(
             dense, "_level_sums", lambda x, *_: x.new_empty(len(x), 2, dtype=torch.float64)
         )
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)  # there is no driver to ask
         with FakeTensorMode():
             for module in model.modules():
                 for tensors in (module._parameters, module._buffers):
@@ -43,21 +47,50 @@ def step(tiny_cfg, monkeypatch):
             # it pads images by sizes that are numbers of the host, which have none here either
             images = ImageList(torch.empty(2, 3, 64, 64, device="cuda"), [(64, 64)] * 2)
             monkeypatch.setattr(model, "preprocess_image", lambda _: images)
-            with EventStorage():
-                return model([record(3), record(0)])
+            with EventStorage(), Copies() as copies:
+                losses = model([record(3), record(0)])
+            assert len(copies.waits) >= 6 and not any(copies.waits)  # two images, boxes, classes
+            return losses
 
     return run
 
 
+class Copies(TorchDispatchMode):
+    """Notes each copy from one device to another, and whether it waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        source = args[1] if name == "copy_" else args[0] if args else None
+        if name in ("copy_", "_to_copy") and source.device != out.device:
+            self.waits.append(not (kwargs or {}).get("non_blocking", args[2:3] == (True,)))
+        return out
+
+
 def record(count):
-    classes = torch.empty(count, dtype=torch.int64, device="cuda")
-    boxes = Boxes(torch.empty(count, 4, device="cuda"))
-    return {"image": None, "instances": Instances((64, 64), gt_boxes=boxes, gt_classes=classes)}
+    instances = Instances((64, 64), gt_boxes=Boxes(torch.empty(count, 4)))
+    instances.gt_classes = torch.empty(count, dtype=torch.int64)
+    return {"image": torch.empty(3, 64, 64), "instances": instances}
 
 
-@pytest.mark.parametrize("normalizer", ["per_image", "per_gpu", "global", "ema"])
-def test_a_training_step_waits_for_nothing(step, normalizer):
-    losses = step(["MODEL.RETINANET.NORMALIZER", normalizer])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["NORMALIZER", "per_image"],
+        ["NORMALIZER", "per_gpu"],
+        ["NORMALIZER", "global"],
+        ["NORMALIZER", "ema"],
+        ["BBOX_REG_LOSS_TYPE", "l1", "ALPHA_PER_CLASS", [0.25] * 10],
+    ],
+    ids=str,
+)
+def test_the_losses_wait_for_nothing(step, keys):
+    keys = [k if i % 2 else f"MODEL.RETINANET.{k}" for i, k in enumerate(keys)]
+    losses = step(keys)
     assert {name: x.device.type for name, x in losses.items()} == {
         "loss_cls": "cuda",
         "loss_box_reg": "cuda",
@@ -85,12 +118,33 @@ def test_labels_with_crowds_wait_for_nothing():
         assert targets.label_NR.shape == (2, 50)
 
 
-def test_a_batch_moves_and_stays_what_it_is():
-    instances = Instances((8, 9), gt_boxes=Boxes(torch.ones(2, 4)), gt_classes=torch.ones(2))
-    batch = [{"image": torch.zeros(3, 8, 9), "instances": instances, "height": 8, "file_name": "a"}]
-    (moved,) = to_device(batch, torch.device("meta"))
-    assert moved["image"].is_meta and batch[0]["image"].device.type == "cpu"
-    assert moved["instances"].gt_boxes.tensor.is_meta and moved["instances"].gt_classes.is_meta
-    assert moved["instances"].image_size == (8, 9) and len(moved["instances"]) == 2
-    assert (moved["height"], moved["file_name"]) == (8, "a")
-    assert to_device([None], torch.device("meta")) == [None]
+@pytest.mark.parametrize("offset", [0.0, 0.3, 0.5])
+def test_anchors_are_detectron2s(offset):
+    settings = {"sizes": [[32, 40.3], [64]], "aspect_ratios": [[0.5, 1, 2]], "strides": [8, 16]}
+    features = [torch.zeros(1, 1, 7, 11), torch.zeros(1, 1, 4, 1)]
+    expected = DefaultAnchorGenerator(offset=offset, **settings)(features)
+    got = AnchorGenerator(offset=offset, **settings)(features)
+    assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(got, expected, strict=True))
+
+
+def test_what_moves_stays_what_it_is():
+    fields = {
+        "gt_boxes": Boxes(torch.ones(2, 4)),
+        "gt_classes": torch.ones(2),
+        "rotated": RotatedBoxes(torch.ones(2, 5)),
+        "names": ["a", "b"],
+    }
+    moved, tensor = to_device([Instances((8, 9), **fields), torch.zeros(3)], torch.device("meta"))
+    assert tensor.is_meta and moved.gt_boxes.tensor.is_meta and moved.gt_classes.is_meta
+    assert isinstance(moved.rotated, RotatedBoxes) and moved.rotated.tensor.is_meta
+    assert moved.image_size == (8, 9) and len(moved) == 2 and moved.names == ["a", "b"]
+    assert fields["gt_classes"].device.type == "cpu"
+
+
+def test_to_a_gpu_copies_are_queued_from_pinned_memory(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    with FakeTensorMode(), Copies() as copies:
+        instances = Instances((8, 9), gt_boxes=Boxes(torch.ones(2, 4)), gt_classes=torch.ones(2))
+        to_device([instances, torch.zeros(3)], torch.device("cuda"))
+    assert len(pinned) == 3 and copies.waits == [False] * 3
