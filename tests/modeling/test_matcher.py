@@ -250,6 +250,20 @@ def test_a_cpu_sees_only_the_boxes_that_touch_a_piece(monkeypatch):
     assert sum(sizes) == 2 * 10 * R
 
 
+def test_few_boxes_see_the_pieces_that_they_touch_at_once(monkeypatch):
+    """One call for one box, and not with all anchors."""
+    sizes = []
+    iou = matcher._Anchors.iou
+    monkeypatch.setattr(
+        matcher._Anchors, "iou", lambda self, gt: sizes.append(len(self.area_R)) or iou(self, gt)
+    )
+    monkeypatch.setattr(matcher, "_SHORTEST", 50)
+    monkeypatch.setattr(matcher, "_LONGEST", 50)
+    anchors = grid_anchors()
+    assert_same(torch.tensor([[10.0, 10, 30, 30]]), anchors, "always")
+    assert len(sizes) == 1 and 50 < sizes[0] < len(anchors)
+
+
 @pytest.mark.parametrize(
     "args, named",
     [
