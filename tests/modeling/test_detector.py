@@ -351,3 +351,30 @@ def test_a_batch_without_ground_truth_says_what_to_do(pair):
     with pytest.raises(ConfigError, match=r"no 'instances': .*is_train=True"):
         model([{"image": image(0)}])
     model.eval()
+
+
+def test_crowds_are_split_wherever_the_instances_come_in(pair, monkeypatch):
+    """By ``forward``, or by ``forward_training`` if a subclass has its own ``forward``."""
+    model, seen = pair[0].train(), []
+    labeler = model.labeler
+    monkeypatch.setattr(model, "labeler", lambda *args: seen.append(args[1:]) or labeler(*args))
+    one = record(9, [[10, 12, 60, 75], [20, 20, 90, 90]], [7, 8])
+    one["instances"].gt_ignore = torch.tensor([False, True])
+    images = model.preprocess_image([one])
+    features = [model.backbone(images.tensor)[f] for f in model.head_in_features]
+    with EventStorage():
+        model([one])
+        model.forward_training(images, features, model.head(features), [one["instances"]])
+    model.eval()
+    for (boxes,), (classes,), (crowd,) in seen:
+        assert boxes.tolist() == [[10, 12, 60, 75]] and classes.tolist() == [7]
+        assert crowd.tolist() == [[20, 20, 90, 90]]
+    assert len(seen) == 2
+
+
+def test_whatever_a_batch_has_reaches_preprocess_image(pair, monkeypatch):
+    model, seen = pair[0], []
+    preprocess = model.preprocess_image
+    monkeypatch.setattr(model, "preprocess_image", lambda x: seen.append(x[0]) or preprocess(x))
+    model([{"image": image(0), "file_name": "a.jpg"}])
+    assert seen[0]["file_name"] == "a.jpg"
