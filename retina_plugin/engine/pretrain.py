@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import pickle
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.file_io import PathHandler, PathManager
 from torch import Tensor, nn
 
-from retina_plugin.cache import cache_root
+from retina_plugin.cache import cache_root, written_whole
 from retina_plugin.config import add_retina_config
 from retina_plugin.data import digits
 from retina_plugin.modeling.backbone import build_retina_fpn_backbone
@@ -116,11 +114,9 @@ def _write(path: Path, state: dict[str, Tensor]) -> None:
         "__author__": "retina_plugin",
         "matching_heuristics": False,  # names are the detector's own
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        pickle.dump(checkpoint, file)
-    os.chmod(file.name, 0o644)  # mkstemp's is the user's alone, and the cache may be shared
-    os.replace(file.name, path)
+    with written_whole(path) as part:
+        part.write_bytes(pickle.dumps(checkpoint))
+        part.chmod(0o644)  # whatever the umask: the cache may be shared
 
 
 class _DigitsHandler(PathHandler):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -135,7 +135,7 @@ def anchor_losses(
     """
     _check_logits(logits, targets, num_classes)
     with torch.no_grad(), torch.autocast(logits[0].device.type, enabled=False):
-        maps = _label_maps(targets, logits, num_classes)
+        maps = targets.label_maps(logits, num_classes)
         levels = [eager.anchor_losses(x, m, loss, num_classes) for x, m in zip(logits, maps)]
         return torch.cat(levels, dim=1)
 
@@ -162,7 +162,7 @@ class _DenseLossFunction(torch.autograd.Function):
             for x, needed in zip(logits, ctx.needs_input_grad[2:])
         ]
         with torch.autocast(logits[0].device.type, enabled=False):
-            maps = _label_maps(call.targets, logits, call.num_classes)
+            maps = call.targets.label_maps(logits, call.num_classes)
             weights_2K = _weights(call.loss, call.num_classes, logits[0].device)
             levels = [
                 _level_sums(x, grad, labels, call, weights_2K, scale_N)
@@ -226,22 +226,6 @@ def _gradient_of(x: Tensor, in_place: bool) -> Tensor:
     # float16 would lose what a loss scaler, whose factor only comes in backward, keeps alive
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     return torch.empty_like(x, dtype=dtype)
-
-
-def _label_maps(
-    targets: DenseTargets, logits: Sequence[Tensor], num_classes: int
-) -> Iterator[Tensor]:
-    low, high = targets.label_NR.aminmax()
-    inside = (low >= IGNORED) & (high < num_classes)
-    message = (
-        f"a label of DenseTargets is neither in [0, {num_classes}), MODEL.RETINANET.NUM_CLASSES, "
-        "nor BACKGROUND or IGNORED"
-    )
-    if inside.device.type != "cpu":
-        torch._assert_async(inside, message)  # kernels would write elsewhere; nothing waits
-    elif not inside:
-        raise ValueError(message)
-    return targets.label_maps(logits, num_classes)
 
 
 def _level_sums(

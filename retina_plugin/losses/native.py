@@ -16,13 +16,12 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from retina_plugin.cache import cache_root
+from retina_plugin.cache import cache_root, written_whole
 
 from .classification import ClassificationLoss, FocalLoss, FocalLossStar, known_to_kernels
 
@@ -155,18 +154,15 @@ def _build(compiler: list[str]) -> Path:
     path = cache_root() / f"native-{key.hexdigest()[:16]}.so"
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     logger.info("Compiling %s with %s", _SOURCE.name, " ".join(compiler))
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
+    with written_whole(path) as built:
         for tuning in _TUNING:
             command = [*compiler, *_FLAGS, *tuning, str(_SOURCE), "-o", str(built)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode == 0:
-                os.replace(built, path)  # at once: another process may be loading it
                 return path
-    first = next((line for line in result.stderr.splitlines() if "error" in line), "no message")
-    raise RuntimeError(f"{compiler[0]} cannot compile {_SOURCE.name}: {first}")
+        first = next((line for line in result.stderr.splitlines() if "error" in line), "no message")
+        raise RuntimeError(f"{compiler[0]} cannot compile {_SOURCE.name}: {first}")
 
 
 def _processor() -> str:

@@ -39,8 +39,19 @@ class DenseTargets:
         """Per level the labels as (N, A, H, W), in memory as logits of (N, A*K, H, W) are.
 
         Raises:
-            ValueError: logits of another number of anchors.
+            ValueError: logits of another number of anchors; a label that is none (on an accelerator
+                an assertion of the device, for kernels would write elsewhere).
         """
+        low, high = self.label_NR.aminmax()
+        inside = (low >= IGNORED) & (high < num_classes)
+        message = (
+            f"a label of DenseTargets is neither in [0, {num_classes}), "
+            "MODEL.RETINANET.NUM_CLASSES, nor BACKGROUND or IGNORED"
+        )
+        if inside.device.type != "cpu":
+            torch._assert_async(inside, message)
+        elif not inside:
+            raise ValueError(message)
         counts = [x[0].numel() // num_classes for x in logits]
         if sum(counts) != self.label_NR.shape[1]:
             raise ValueError(

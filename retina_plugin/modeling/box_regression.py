@@ -65,9 +65,9 @@ def box_loss_sums(
     """
     # torchvision's losses of boxes, which select by a mask, wait for an accelerator themselves, and
     # in a loss of one's own a row may depend on others
-    if anchors_R4.device.type != "cpu" and type(box_loss) in (SmoothL1, L1):
-        return _of_all(box_loss, transform, anchors_R4, deltas, targets)
-    return _of_positives(box_loss, transform, anchors_R4, deltas, targets)
+    by_mask = anchors_R4.device.type != "cpu" and type(box_loss) in (SmoothL1, L1)
+    sums_of = _of_all if by_mask else _of_positives
+    return sums_of(box_loss, transform, anchors_R4, deltas, targets)
 
 
 def _of_positives(

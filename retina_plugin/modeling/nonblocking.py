@@ -18,10 +18,8 @@ class AnchorGenerator(DefaultAnchorGenerator):
     def _grid_anchors(self, grid_sizes: list[list[int]]) -> list[Tensor]:
         anchors = []
         for (height, width), stride, cell_A4 in zip(grid_sizes, self.strides, self.cell_anchors):
-            start, options = (
-                self.offset * stride,
-                {"device": cell_A4.device, "dtype": torch.float32},
-            )
+            options = {"device": cell_A4.device, "dtype": torch.float32}
+            start = self.offset * stride
             x = torch.arange(start, width * stride, stride, **options)
             y = torch.arange(start, height * stride, stride, **options)
             y, x = (grid.flatten() for grid in torch.meshgrid(y, x, indexing="ij"))
