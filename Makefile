@@ -1,22 +1,29 @@
-# Every target does its own set-up: Python and make are all that a machine needs.
-# PYTHON=python3.12 make test picks the interpreter; another version rebuilds the environment.
+# Every target sets up what it needs: Python and make are all that a machine must have.
+# PYTHON=python3.12 make test picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = "$(VENV)/bin/python"
+SETUP = PYTHON="$(PYTHON)" requirements/setup.sh
+INSTALLED = $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test demo clean
+.PHONY: help setup lint format test demo coverage docs lock test-latest clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
 
-setup: ## make or update the environment in .venv
-	@"$(PYTHON)" requirements/bootstrap.py --venv "$(VENV)"
+setup: $(INSTALLED) ## make or update the environment in .venv
 
-lint: setup ## ruff (lint and format) and mypy
+# Written last: an interrupted set-up is repeated.
+$(INSTALLED): pyproject.toml setup.py $(wildcard requirements/*)
+	@$(SETUP) "$(VENV)"
+	@touch "$@"
+
+lint: setup ## ruff (lint and format), mypy, direction of imports
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy retina_plugin train_net.py
+	$(RUN) -m mypy
+	"$(VENV)/bin/lint-imports" --no-cache
 
 format: setup ## let ruff rewrite what it can
 	$(RUN) -m ruff check --fix .
@@ -28,6 +35,21 @@ test: lint ## lint, types and tests
 demo: setup ## train and evaluate on the embedded digits
 	$(RUN) train_net.py --config-file configs/quick/digits_R18.yaml
 
-clean: ## remove caches and build products; the environment and output/ stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
-	find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+coverage: setup ## which lines of the package the tests run
+	$(RUN) -m pytest --cov=retina_plugin --cov-report=term-missing:skip-covered
+
+docs: setup ## write docs/configuration.md from retina_plugin/config.py
+	$(RUN) docs/make_configuration.py
+
+lock: setup ## renew requirements/lock.txt with the newest versions
+	$(RUN) -m uv pip compile --universal --python-version 3.11 --fork-strategy fewest --upgrade \
+	    --all-extras --annotation-style line --custom-compile-command "make lock" \
+	    --quiet --output-file requirements/lock.txt pyproject.toml
+
+test-latest: ## the tests with the newest versions of everything, in .venv-latest
+	@$(SETUP) .venv-latest latest
+	.venv-latest/bin/python -m pytest
+
+clean: ## remove caches and build products; environments and output/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	find . -path "./.venv*" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,8 +15,8 @@ except ModuleNotFoundError as error:
     ) from None
 
 from . import data, losses, modeling
-from .config import add_retina_config
+from .config import add_retina_config, get_config_file
 
 __version__ = "0.1.0"
 
-__all__ = ["add_retina_config", "data", "losses", "modeling"]
+__all__ = ["add_retina_config", "data", "get_config_file", "losses", "modeling"]

@@ -1,111 +1,315 @@
-"""Every config key that the plugin adds to Detectron2's."""
+"""The config keys: what the plugin adds to Detectron2's, and what each means.
+
+This is the only place that states a key's default, meaning, choices and section of the paper.
+``docs/configuration.md`` is generated from it (``make docs``), and ``retina diff`` reads it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode
+from fvcore.common.config import CfgNode  # the base of Detectron2's CfgNode
 
-__all__ = ["add_retina_config", "flatten"]
+from retina_plugin.errors import ConfigError, did_you_mean
 
-# key -> default. Defaults of MODEL.RETINANET are Detectron2's behaviour, so that changing only
-# META_ARCHITECTURE keeps a user's results; the paper's protocol is what configs/ sets.
-_DEFAULTS: dict[str, Any] = {
-    # Your Python files ("my_loss.py", seen from the working directory) or modules ("my.package"),
-    # imported before anything is built: they register your losses, heads, datasets, evaluators.
-    "IMPORTS": (),
-    # Subnets on the pyramid (section 4), a name in RETINANET_HEAD_REGISTRY.
-    "MODEL.RETINANET.HEAD": "RetinaHead",
-    # Classification loss, a name in CLS_LOSS_REGISTRY: FocalLoss (section 3.2), CrossEntropy (3.1),
-    # FocalLossStar (Appendix A), HingeLoss (5.1). FOCAL_LOSS_ALPHA is the alpha of each of them
-    # (None: no balancing), FOCAL_LOSS_GAMMA that of FocalLoss alone.
-    "MODEL.RETINANET.CLS_LOSS": "FocalLoss",
-    # One alpha for each of NUM_CLASSES classes instead of FOCAL_LOSS_ALPHA; () for none.
-    "MODEL.RETINANET.ALPHA_PER_CLASS": (),
-    # FL* (Appendix A, Eq. 7): steepness and shift; Table 3 has (2, 1) and (4, 0), alpha .25.
-    "MODEL.RETINANET.FOCAL_STAR_GAMMA": 2.0,
-    "MODEL.RETINANET.FOCAL_STAR_BETA": 1.0,
-    # Hinge on p_t (section 5.1): the p_t above which the loss is 0; the paper does not give it.
-    "MODEL.RETINANET.HINGE_MARGIN": 0.9,
-    # Anchors that the classification loss sees, a name in ANCHOR_SAMPLER_REGISTRY: AllAnchors
-    # (section 4.1), OHEM (5.1).
-    "MODEL.RETINANET.SAMPLER": "AllAnchors",
-    # OHEM (section 5.1, Table 1d): anchors of an image that stay, NMS threshold of their predicted
-    # boxes, and the largest share of positives: None for OHEM, .25 for OHEM 1:3. With OHEM the
-    # classification loss is divided by the number of anchors that stay, image by image. Choices:
-    # the box loss stays on all positives, divided as NORMALIZER says.
-    "MODEL.RETINANET.OHEM.BATCH_SIZE": 128,
-    "MODEL.RETINANET.OHEM.NMS_THRESH": 0.5,
-    "MODEL.RETINANET.OHEM.POSITIVE_FRACTION": None,
-    # What sums the classification loss over all anchors: auto (triton on CUDA, native on a CPU with
-    # a C++ compiler, else eager), or one of eager, native, triton.
-    "MODEL.RETINANET.LOSS_BACKEND": "auto",
-    # Let the loss write its gradient over the logits: saves 1x the logits of memory. Pictures of
-    # training (VIS_PERIOD) need the logits and exclude it; with OHEM it has no effect.
-    "MODEL.RETINANET.LOSS_IN_PLACE": False,
-    # Crowd boxes: a background anchor of which at least this share lies in one is ignored (IoF,
-    # intersection over the anchor's area). None: crowds are background, as in Detectron2.
-    "MODEL.RETINANET.IGNORE_IOF_THRESH": None,
-    # What both losses are divided by (section 4.1): per_image (the paper), per_gpu (Detectron),
-    # global (all-reduced), ema (Detectron2, but all-reduced and checkpointed).
-    "MODEL.RETINANET.NORMALIZER": "ema",
-    # Whether the best anchor of a box is positive at any IoU (section 4, "Anchors"; the paper does
-    # not say): always (Detectron2), above_background (Detectron), never.
-    "MODEL.RETINANET.LOW_QUALITY_MATCHES": "always",
-    # P6 from C5 (res5: the paper, footnote 2) or from P5 (p5: torchvision V1). Read by the backbone
-    # build_retina_fpn_backbone.
-    "MODEL.RETINANET.P6_SOURCE": "res5",
-    # Speed and memory. Weights, checkpoints and results stay the same but for rounding.
-    # channels_last memory of images, weights and features: faster convolutions, above all 16 bit.
-    "MODEL.CHANNELS_LAST": False,
-    # torch.compile of backbone and head. With ACTIVATION_CHECKPOINTING norms must be frozen, or GN.
-    "MODEL.COMPILE": False,
-    # Recompute the backbone's and the head's activations in the backward pass instead of keeping
-    # them: less memory, about a quarter more time.
-    "MODEL.ACTIVATION_CHECKPOINTING": False,
-    # Pad images to a multiple of it instead of the backbone's 32, so that there are few shapes for
-    # torch.compile, cuDNN and CUDA graphs; 0: the backbone's.
-    "INPUT.PAD_DIVISOR": 0,
-    # float16 (with loss scaling, Detectron2's) or bfloat16 (needs none; the CPU has it too), where
-    # SOLVER.AMP.ENABLED.
-    "SOLVER.AMP.PRECISION": "float16",
-    # Batches whose gradients are added up for one step: IMS_PER_BATCH is the whole, each pass
-    # takes IMS_PER_BATCH / ACCUMULATE images.
-    "SOLVER.ACCUMULATE": 1,
-    # DistributedDataParallel: a graph that never changes (not with ACCUMULATE), gradients that live
-    # in the buckets, and what they are sent as (none, float16, bfloat16).
-    "SOLVER.DDP.STATIC_GRAPH": False,
-    "SOLVER.DDP.GRADIENT_AS_BUCKET_VIEW": False,
-    "SOLVER.DDP.COMPRESSION": "none",
-    # What reads and augments training images, a name in DATASET_MAPPER_REGISTRY: FastMapper, or
-    # DatasetMapper (Detectron2's).
-    "INPUT.MAPPER": "FastMapper",
-    # Precision of inference: float32, bfloat16, float16; NMS is always float32.
-    "TEST.PRECISION": "float32",
-    # What computes the metrics of DATASETS.TEST, a name in EVALUATOR_REGISTRY.
-    # FastCOCOEvaluator, or COCOEvaluator (Detectron2's, pycocotools): the same numbers.
-    "TEST.EVALUATOR": "FastCOCOEvaluator",
-    # Learning rate per image of the batch by the linear scaling rule; .01 for 16 images in the
-    # paper (section 4.1). A run whose BASE_LR / IMS_PER_BATCH is far from it is warned; 0.0: never.
-    "SOLVER.LR_PER_IMAGE": 0.01 / 16,
+__all__ = [
+    "DETECTRON2_KEYS",
+    "KEYS",
+    "REMOVED_KEYS",
+    "Key",
+    "add_retina_config",
+    "flatten",
+    "get_config_file",
+    "section_of",
+]
+
+
+@dataclass(frozen=True)
+class Key:
+    """A config key.
+
+    Args:
+        meaning: what it does, in plain text; units in brackets.
+        default: its default, for a key that the plugin adds.
+        choices: every value that it accepts, if these are a fixed list of names.
+        section: where the paper speaks of it, e.g. "3.2, Table 1b"; "" if it does not.
+    """
+
+    meaning: str
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    section: str = ""
+
+
+# The keys that the plugin adds. The defaults of MODEL.RETINANET are Detectron2's behaviour, so that
+# changing only META_ARCHITECTURE keeps a user's results. configs/ sets the paper's protocol.
+KEYS: dict[str, Key] = {
+    "IMPORTS": Key(
+        "Your Python files (`my_loss.py`, seen from the working directory) or modules "
+        "(`my.package`). They are imported before anything is built, and register your losses, "
+        "heads, datasets or evaluators.",
+        (),
+    ),
+    "MODEL.RETINANET.HEAD": Key(
+        "The two subnets on the pyramid: a name in `RETINANET_HEAD_REGISTRY`.",
+        "RetinaHead",
+        section="4",
+    ),
+    "MODEL.RETINANET.CLS_LOSS": Key(
+        "Classification loss: a name in `CLS_LOSS_REGISTRY`. `FocalLoss` (section 3.2), "
+        "`CrossEntropy` (3.1), `FocalLossStar` (Appendix A), `HingeLoss` (5.1), or your own.",
+        "FocalLoss",
+        section="3, 5.1, Appendix A",
+    ),
+    "MODEL.RETINANET.ALPHA_PER_CLASS": Key(
+        "One alpha for each of `NUM_CLASSES` classes instead of `FOCAL_LOSS_ALPHA`; `()` for none.",
+        (),
+    ),
+    "MODEL.RETINANET.FOCAL_STAR_GAMMA": Key(
+        "Steepness gamma of `FocalLossStar` (Eq. 7).", 2.0, section="Appendix A, Table 3"
+    ),
+    "MODEL.RETINANET.FOCAL_STAR_BETA": Key(
+        "Shift beta of `FocalLossStar` (Eq. 7).", 1.0, section="Appendix A, Table 3"
+    ),
+    "MODEL.RETINANET.HINGE_MARGIN": Key(
+        "The p_t above which `HingeLoss` is 0. The paper does not give its value.",
+        0.9,
+        section="5.1 Hinge Loss",
+    ),
+    "MODEL.RETINANET.SAMPLER": Key(
+        "Which anchors the classification loss sees: a name in `ANCHOR_SAMPLER_REGISTRY`. "
+        "`AllAnchors` (section 4.1) takes all that are not ignored. `OHEM` (5.1) takes the hardest "
+        "anchors of each image after NMS of their predicted boxes. The box loss stays on all "
+        "positive anchors.",
+        "AllAnchors",
+        section="4.1 Focal Loss, 5.1 OHEM",
+    ),
+    "MODEL.RETINANET.OHEM.BATCH_SIZE": Key(
+        "Anchors of an image that `OHEM` keeps. The classification loss is divided by the number "
+        "that it kept, image by image.",
+        128,
+        section="5.1 OHEM, Table 1d",
+    ),
+    "MODEL.RETINANET.OHEM.NMS_THRESH": Key(
+        "IoU above which `OHEM` drops the anchor with the lower loss.",
+        0.5,
+        section="5.1 OHEM, Table 1d",
+    ),
+    "MODEL.RETINANET.OHEM.POSITIVE_FRACTION": Key(
+        "Largest share of positive anchors that `OHEM` keeps: None for any share, .25 for the "
+        "paper's OHEM 1:3.",
+        None,
+        section="5.1 OHEM, Table 1d",
+    ),
+    "MODEL.RETINANET.LOSS_BACKEND": Key(
+        "What computes the classification loss over all anchors. `eager` is plain PyTorch. "
+        "`native` is C++ for CPUs, compiled at first use. `triton` is for CUDA GPUs; it has never "
+        "run on one. `auto` takes the fastest that is available: each kernel is compared with "
+        "`eager` at first use and is not used if its numbers differ. If you name a backend that is "
+        "not available, training stops with an error.",
+        "auto",
+        ("auto", "eager", "native", "triton"),
+    ),
+    "MODEL.RETINANET.LOSS_IN_PLACE": Key(
+        "Write the gradient of the classification loss over the logits. Saves memory of the size "
+        "of the logits. Excludes `VIS_PERIOD`, `OHEM` and training in float16.",
+        False,
+    ),
+    "MODEL.RETINANET.IGNORE_IOF_THRESH": Key(
+        "Crowd boxes: a background anchor is ignored if at least this share of its area lies in "
+        "one crowd box. None: crowd boxes are background, as in Detectron2.",
+        None,
+    ),
+    "MODEL.RETINANET.NORMALIZER": Key(
+        "What both losses are divided by: the number of positive anchors, counted `per_image` "
+        "(the paper), `per_gpu` (Detectron), over all GPUs (`global`), or as a moving average "
+        "(`ema`, Detectron2; here it is averaged over GPUs and saved in checkpoints).",
+        "ema",
+        ("per_image", "per_gpu", "global", "ema"),
+        "4.1 Focal Loss",
+    ),
+    "MODEL.RETINANET.LOW_QUALITY_MATCHES": Key(
+        "Whether the best anchor of a ground-truth box is positive although its IoU is low: "
+        "`always` (Detectron2), only if its best IoU is `above_background` (Detectron), `never`. "
+        "The paper does not say.",
+        "always",
+        ("always", "above_background", "never"),
+        "4 Anchors",
+    ),
+    "MODEL.RETINANET.P6_SOURCE": Key(
+        "What P6 is computed from: C5 (`res5`, the paper) or P5 (`p5`, torchvision's first "
+        "RetinaNet). Read by `MODEL.BACKBONE.NAME: build_retina_fpn_backbone`.",
+        "res5",
+        ("res5", "p5"),
+        "4, footnote 2",
+    ),
+    "MODEL.CHANNELS_LAST": Key(
+        "Images, weights and features in NHWC memory: faster convolutions, above all in 16 bit.",
+        False,
+    ),
+    "MODEL.COMPILE": Key(
+        "`torch.compile` of backbone and head. With `MODEL.ACTIVATION_CHECKPOINTING`, batch norm "
+        "must be frozen, or replaced by GN.",
+        False,
+    ),
+    "MODEL.ACTIVATION_CHECKPOINTING": Key(
+        "Compute activations of backbone and head again in the backward pass instead of keeping "
+        "them: less memory, about a quarter more time.",
+        False,
+    ),
+    "INPUT.MAPPER": Key(
+        "What reads and augments images: a name in `DATASET_MAPPER_REGISTRY`. `FastMapper` gives "
+        "the records of `DatasetMapper` (Detectron2's) in a third of the time, with the same "
+        "random draws and boxes.",
+        "FastMapper",
+    ),
+    "SOLVER.AMP.PRECISION": Key(
+        "Precision of training, where `SOLVER.AMP.ENABLED`: `float16` with loss scaling (GPU), or "
+        "`bfloat16` (also on the CPU).",
+        "float16",
+        ("float16", "bfloat16"),
+    ),
+    "SOLVER.ACCUMULATE": Key(
+        "Passes that a batch is split into. `SOLVER.IMS_PER_BATCH` is the whole batch; the "
+        "gradients of its passes are added up for one step.",
+        1,
+    ),
+    "TEST.PRECISION": Key(
+        "Precision of inference. Decoding and NMS are always float32.",
+        "float32",
+        ("float32", "bfloat16", "float16"),
+    ),
+    "TEST.EVALUATOR": Key(
+        "What computes the metrics of `DATASETS.TEST`: a name in `EVALUATOR_REGISTRY`. "
+        "`FastCOCOEvaluator` and `COCOEvaluator` (Detectron2's) give the same numbers; only the "
+        "latter also writes `instances_predictions.pth`.",
+        "FastCOCOEvaluator",
+    ),
 }
+
+# Detectron2's keys that the paper speaks of. Name and meaning are Detectron2's.
+DETECTRON2_KEYS: dict[str, Key] = {
+    "DATASETS.TEST": Key("Datasets to evaluate on.", section="5"),
+    "DATASETS.TRAIN": Key("Datasets to train on.", section="5"),
+    "INPUT.MIN_SIZE_TEST": Key(
+        "Shorter side of an image in inference (pixels).", section="5.1, Table 1e"
+    ),
+    "INPUT.MIN_SIZE_TRAIN": Key(
+        "Shorter side of an image in training (pixels); one of several is drawn at random.",
+        section="5.1, Table 1e, Table 2",
+    ),
+    "INPUT.RANDOM_FLIP": Key("Random flip in training.", section="4.1 Optimization"),
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": Key(
+        "Height over width of the anchors of a location.", section="4 Anchors, 5.2, Table 1c"
+    ),
+    "MODEL.ANCHOR_GENERATOR.SIZES": Key(
+        "Square roots of the anchors' areas on each level (pixels).",
+        section="4 Anchors, 5.2, Table 1c",
+    ),
+    "MODEL.FPN.IN_FEATURES": Key(
+        "Backbone features that the pyramid is built from.", section="4, footnote 2"
+    ),
+    "MODEL.FPN.OUT_CHANNELS": Key("Channels of every pyramid level.", section="4"),
+    "MODEL.RESNETS.DEPTH": Key("Layers of the ResNet.", section="5.1, Table 1e"),
+    "MODEL.RESNETS.NUM_GROUPS": Key("Groups of a ResNeXt's 3x3 convs.", section="5.3, Table 2"),
+    "MODEL.RESNETS.WIDTH_PER_GROUP": Key("Channels of each group.", section="5.3, Table 2"),
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": Key(
+        "Box loss: `smooth_l1` (the paper), `l1`, `giou`, `diou`, `ciou`, or a name in "
+        "`BOX_LOSS_REGISTRY`.",
+        section="4.1 Optimization",
+    ),
+    "MODEL.RETINANET.FOCAL_LOSS_ALPHA": Key(
+        "Weight alpha of label 1; label 0 has 1 - alpha. Every classification loss reads it. None "
+        "or a negative number: both weigh 1.",
+        section="3.1, 5.1, Table 1a",
+    ),
+    "MODEL.RETINANET.FOCAL_LOSS_GAMMA": Key(
+        "Focusing parameter gamma of `FocalLoss`.", section="3.2, 5.1, Table 1b"
+    ),
+    "MODEL.RETINANET.IN_FEATURES": Key("Pyramid levels that the head sees.", section="4"),
+    "MODEL.RETINANET.IOU_LABELS": Key(
+        "Label of an anchor in each interval of IoU: 0 background, -1 ignored, 1 positive.",
+        section="4 Anchors",
+    ),
+    "MODEL.RETINANET.IOU_THRESHOLDS": Key(
+        "IoUs that separate the intervals of `IOU_LABELS`.", section="4 Anchors"
+    ),
+    "MODEL.RETINANET.NMS_THRESH_TEST": Key(
+        "IoU above which NMS drops the lower-scored box of a class.", section="4.1 Inference"
+    ),
+    "MODEL.RETINANET.NUM_CONVS": Key("3x3 convs of a subnet before its last one.", section="4"),
+    "MODEL.RETINANET.PRIOR_PROB": Key(
+        "Probability pi that an untrained model gives every class; it sets the bias of the last "
+        "classification conv.",
+        section="3.3, 4.1, 5.1",
+    ),
+    "MODEL.RETINANET.SCORE_THRESH_TEST": Key(
+        "Detections need a score above it.", section="4.1 Inference"
+    ),
+    "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": Key(
+        "|d| below which the box loss `smooth_l1` is a parabola; 0 is L1.",
+        section="4.1 Optimization",
+    ),
+    "MODEL.RETINANET.TOPK_CANDIDATES_TEST": Key(
+        "Predictions of a level that are decoded.", section="4.1 Inference"
+    ),
+    "MODEL.WEIGHTS": Key(
+        "Weights that training starts from: a file or a URL.", section="4.1 Initialization"
+    ),
+    "SOLVER.BASE_LR": Key("Learning rate after the warm-up.", section="4.1 Optimization"),
+    "SOLVER.GAMMA": Key(
+        "What the learning rate is multiplied by at each of `SOLVER.STEPS`.",
+        section="4.1 Optimization",
+    ),
+    "SOLVER.IMS_PER_BATCH": Key("Images of a batch, over all GPUs.", section="4.1 Optimization"),
+    "SOLVER.MAX_ITER": Key("Iterations.", section="4.1 Optimization, Table 2"),
+    "SOLVER.MOMENTUM": Key("Momentum of SGD.", section="4.1 Optimization"),
+    "SOLVER.STEPS": Key(
+        "Iterations at which the learning rate drops.", section="4.1 Optimization, Table 2"
+    ),
+    "SOLVER.WEIGHT_DECAY": Key("Weight decay of SGD.", section="4.1 Optimization"),
+}
+
+# Keys of earlier versions -> what to do instead.
+REMOVED_KEYS: dict[str, str] = {
+    "INPUT.PAD_DIVISOR": (
+        "delete it; MODEL.FPN's stride pads images, and MODEL.COMPILE handles every size"
+    ),
+    "SOLVER.DDP.COMPRESSION": "delete it; register a communication hook on the trainer's model",
+    "SOLVER.DDP.GRADIENT_AS_BUCKET_VIEW": "delete it",
+    "SOLVER.DDP.STATIC_GRAPH": "delete it",
+    "SOLVER.LR_PER_IMAGE": (
+        "delete it; set SOLVER.BASE_LR and SOLVER.IMS_PER_BATCH together, or "
+        "SOLVER.REFERENCE_WORLD_SIZE to scale both with the number of GPUs"
+    ),
+}
+
+
+def section_of(key: str) -> str:
+    """Where the paper speaks of a key; "" if it does not."""
+    known = KEYS.get(key) or DETECTRON2_KEYS.get(key)
+    return known.section if known else ""
 
 
 def add_retina_config(cfg: CfgNode) -> CfgNode:
     """Add the plugin's keys to ``cfg`` where they are missing, and return ``cfg``.
 
-    Values that are set already stay, so it may be called again at any time; it changes nothing
-    but ``cfg``.
+    Values that are set already stay, so it may be called again at any time. Nothing but ``cfg``
+    is changed.
+
+        cfg = add_retina_config(detectron2.config.get_cfg())
     """
     frozen = cfg.is_frozen()
     cfg.defrost()
-    for key, default in _DEFAULTS.items():
-        *path, leaf = key.split(".")
+    for name, key in KEYS.items():
+        *path, leaf = name.split(".")
         node = cfg
-        for name in path:
-            node = node.setdefault(name, CfgNode())
-        node.setdefault(leaf, default)
+        for part in path:
+            node = node.setdefault(part, type(cfg)())
+        node.setdefault(leaf, key.default)
     if frozen:
         cfg.freeze()
     return cfg
@@ -121,3 +325,21 @@ def flatten(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             else {prefix + name: value}
         )
     return flat
+
+
+def get_config_file(name: str) -> str:
+    """Path of one of the paper's configs, as ``detectron2.model_zoo.get_config_file`` gives it.
+
+    Args:
+        name: a file of ``configs/``, e.g. "retina_R101_800.yaml" or "table1b_gamma/fl_gamma2.yaml".
+
+    Raises:
+        ConfigError: there is no such config; the message names the nearest ones.
+    """
+    installed, checkout = Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs"
+    folder = installed if installed.is_dir() else checkout
+    path = folder / name
+    if not path.is_file():
+        known = [str(p.relative_to(folder).as_posix()) for p in folder.rglob("*.yaml")]
+        raise ConfigError(f"no config is named {name}{did_you_mean(name, known)}")
+    return str(path)

@@ -1,10 +1,36 @@
-"""The exception for mistakes that the reader of the message can mend."""
+"""Mistakes in a config, a dataset or an environment that the user can fix."""
 
-__all__ = ["ConfigError"]
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["ConfigError", "check_choice", "did_you_mean"]
 
 
 class ConfigError(ValueError):
-    """A config, dataset or machine that can't work; one line that names the thing and the fix.
+    """A config, dataset or machine that can't work: one line that names the thing and the fix.
 
-    ``train_net.py`` prints the line without a traceback.
+    The commands print the line without a traceback.
     """
+
+
+def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raise a :class:`ConfigError` that lists the choices, if ``value`` is none of them.
+
+    Args:
+        key: what the user sets, e.g. "MODEL.RETINANET.NORMALIZER".
+        value: what it is set to.
+        choices: what it can be set to.
+    """
+    choices = list(choices)
+    if value not in choices:
+        raise ConfigError(
+            f"{key}: unknown '{value}'{did_you_mean(value, choices)}; known: {', '.join(choices)}"
+        )
+
+
+def did_you_mean(value: str, choices: Iterable[str]) -> str:
+    """ " (did you mean 'x' or 'y'?)" with the nearest choices, or "" if none is near."""
+    near = difflib.get_close_matches(str(value), list(choices), n=3)
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""

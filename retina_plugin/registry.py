@@ -1,4 +1,4 @@
-"""The one way in which a config key chooses a component."""
+"""How a config key chooses a component."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 from fvcore.common.registry import Registry  # the class that Detectron2's own registries are
 
-from retina_plugin.errors import ConfigError
+from retina_plugin.errors import check_choice
 
 __all__ = ["ComponentRegistry"]
 
 
 class ComponentRegistry(Registry):
-    """A Detectron2 registry whose entries are named by one config key.
+    """A Detectron2 registry whose entries are chosen by one config key.
 
     An entry is a class with ``from_config(cfg, *args) -> dict`` of its constructor's arguments, as
-    Detectron2's ``@configurable`` has it, so that everything can be built without a config too.
+    in Detectron2's ``@configurable``. So every component can also be built without a config.
 
     Args:
         key: the config key, e.g. "MODEL.RETINANET.CLS_LOSS".
-        aliases: other spellings of some names that the key accepts.
+        aliases: other spellings that the key accepts, each with the registered name.
     """
 
     def __init__(self, key: str, aliases: Mapping[str, str] | None = None) -> None:
@@ -33,12 +33,9 @@ class ComponentRegistry(Registry):
         """Build the component that the key names.
 
         Raises:
-            ConfigError: there is none of that name; the message lists the ones that exist.
+            ConfigError: nothing is registered under that name; the message lists what is.
         """
         name = reduce(getattr, self.key.split("."), cfg)
-        registered = self.aliases.get(name, name)
-        if registered not in self:
-            known = ", ".join([*self.aliases, *sorted(k for k, _ in self)])
-            raise ConfigError(f"{self.key}: nothing is registered as '{name}'; known: {known}")
-        cls = self.get(registered)
+        check_choice(self.key, name, [*self.aliases, *sorted(k for k, _ in self)])
+        cls = self.get(self.aliases.get(name, name))
         return cls(**cls.from_config(cfg, *args))

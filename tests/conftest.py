@@ -70,7 +70,7 @@ def tiny_cfg(tiny_digits, tmp_path):
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[s, s * 1.26, s * 1.59] for s in (16, 32, 64, 128, 256)]
     cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.RETINANET.NUM_CONVS = 10, 1
     cfg.SOLVER.IMS_PER_BATCH = 2
-    cfg.SOLVER.BASE_LR = 2 * cfg.SOLVER.LR_PER_IMAGE
+    cfg.SOLVER.BASE_LR = 0.00125
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS = 2, (), 0
     cfg.TEST.EVAL_PERIOD = 0
     return cfg

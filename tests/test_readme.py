@@ -7,10 +7,10 @@ import pytest
 from detectron2.config import get_cfg
 
 from retina_plugin import add_retina_config
+from retina_plugin.cli.train import main as cli
 from retina_plugin.data import digits
 from retina_plugin.engine import setup_cfg
 from retina_plugin.losses import CLS_LOSS_REGISTRY
-from train_net import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -1,8 +1,13 @@
 """Training and evaluation on Detectron2's engine."""
 
-from . import pretrain as _pretrain  # noqa: F401  MODEL.WEIGHTS digits://...
 from .checks import check_config, check_devices, check_weights
-from .setup import argument_parser, import_user_modules, setup_cfg
+from .setup import (
+    argument_parser,
+    import_user_modules,
+    learning_rate_warning,
+    load_config,
+    setup_cfg,
+)
 from .trainer import Trainer
 
 __all__ = [
@@ -12,5 +17,7 @@ __all__ = [
     "check_devices",
     "check_weights",
     "import_user_modules",
+    "learning_rate_warning",
+    "load_config",
     "setup_cfg",
 ]

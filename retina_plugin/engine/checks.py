@@ -13,7 +13,6 @@ from retina_plugin.data.checks import check_datasets, check_num_classes
 from retina_plugin.errors import ConfigError
 from retina_plugin.losses import check_backend
 
-from .distributed import check_ddp_options
 from .precision import inference_dtype, training_dtype
 from .speed import check_compiler
 
@@ -38,7 +37,7 @@ _ROI_HEADS_TWINS = {
 def check_config(cfg: CfgNode, eval_only: bool = False) -> None:
     """What can be found wrong before a model is built; also writes the embedded dataset.
 
-    Warnings are logged: an unlikely learning rate, and ``MODEL.ROI_HEADS`` keys without effect.
+    ``MODEL.ROI_HEADS`` keys, which have no effect, are logged as warnings.
 
     Raises:
         ConfigError: the first thing that can't work, with the key and the fix.
@@ -49,14 +48,10 @@ def check_config(cfg: CfgNode, eval_only: bool = False) -> None:
         )
     if not eval_only:
         _check_training_options(cfg)
-    if cfg.INPUT.PAD_DIVISOR < 0:
-        raise ConfigError(f"INPUT.PAD_DIVISOR must be at least 0, got {cfg.INPUT.PAD_DIVISOR}")
     check_datasets(cfg, ("TEST",) if eval_only else ("TRAIN", "TEST"))
     check_num_classes(cfg)
     _check_p6_source(cfg)
     _warn_roi_heads(cfg)
-    if not eval_only:
-        _warn_learning_rate(cfg)
 
 
 def check_devices(cfg: CfgNode, num_gpus: int | None, eval_only: bool = False) -> int:
@@ -128,11 +123,6 @@ def _check_training_options(cfg: CfgNode) -> None:
     solver, retinanet = cfg.SOLVER, cfg.MODEL.RETINANET
     if solver.ACCUMULATE < 1:
         raise ConfigError(f"SOLVER.ACCUMULATE must be at least 1, got {solver.ACCUMULATE}")
-    check_ddp_options(
-        static_graph=solver.DDP.STATIC_GRAPH,
-        compression=solver.DDP.COMPRESSION,
-        passes=solver.ACCUMULATE,
-    )
     check_backend(retinanet.LOSS_BACKEND)
     if retinanet.LOSS_IN_PLACE and retinanet.SAMPLER == "OHEM":
         raise ConfigError(
@@ -166,18 +156,3 @@ def _warn_roi_heads(cfg: CfgNode) -> None:
                 value,
                 f": use {twin}" if twin else "",
             )
-
-
-def _warn_learning_rate(cfg: CfgNode) -> None:
-    per_image, batch = cfg.SOLVER.LR_PER_IMAGE, cfg.SOLVER.IMS_PER_BATCH
-    expected = per_image * batch
-    # within a factor of 1.5 it is a choice; half or twice is most often a forgotten batch size
-    if per_image and not 1 / 1.5 <= cfg.SOLVER.BASE_LR / expected <= 1.5:
-        logger.warning(
-            "SOLVER.BASE_LR %g is for another batch size than SOLVER.IMS_PER_BATCH %d: linear "
-            "scaling gives SOLVER.BASE_LR %.4g (SOLVER.LR_PER_IMAGE %g; 0.0 turns this off)",
-            cfg.SOLVER.BASE_LR,
-            batch,
-            expected,
-            per_image,
-        )

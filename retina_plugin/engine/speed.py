@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from detectron2.modeling import FPN
 from torch import Tensor, nn
 
 from retina_plugin.errors import ConfigError
@@ -27,9 +26,8 @@ def prepare_model(
     compile_parts: bool = False,
     compile_backend: str | Callable[..., Any] = "inductor",
     activation_checkpointing: bool = False,
-    pad_divisor: int = 0,
 ) -> None:
-    """Change a detector in place; results stay the same but for rounding (and padding).
+    """Change a detector in place; results stay the same but for rounding.
 
     A second call adds options to those of the first.
 
@@ -42,28 +40,23 @@ def prepare_model(
             oneDNN and cuDNN want.
         compile_parts: ``torch.compile`` of backbone and head in place. Assignment and loss, whose
             shapes follow the ground truth, stay as they are. The code is for images of any size,
-            so that a training on COCO's shapes compiles once; with ``pad_divisor``, which leaves
-            few sizes, first for the first size alone.
+            so that a training on COCO's shapes compiles once.
         compile_backend: a backend of ``torch.compile``.
         activation_checkpointing: see :func:`~.recompute.checkpoint_activations`.
-        pad_divisor: images are padded to a multiple of it; 0: of the backbone's largest stride.
 
     Raises:
-        ConfigError: a model without these parts; a ``pad_divisor`` that is no multiple of the
-            backbone's, or for a backbone that is no FPN; batch norm that is trained, compiled and
-            computed twice.
+        ConfigError: a model without these parts; batch norm that is trained, compiled and computed
+            twice.
     """
-    if not (channels_last or compile_parts or activation_checkpointing or pad_divisor):
+    if not (channels_last or compile_parts or activation_checkpointing):
         return
     backbone, head = getattr(model, "backbone", None), getattr(model, "head", None)
     if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module):
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE {type(model).__name__} has no backbone and head: leave "
-            "MODEL.CHANNELS_LAST, MODEL.COMPILE, MODEL.ACTIVATION_CHECKPOINTING and "
-            "INPUT.PAD_DIVISOR at their defaults"
+            "MODEL.CHANNELS_LAST, MODEL.COMPILE and MODEL.ACTIVATION_CHECKPOINTING at their "
+            "defaults"
         )
-    if pad_divisor:
-        _set_pad_divisor(backbone, pad_divisor)
     if channels_last:
         model.to(memory_format=torch.channels_last)
         backbone.register_forward_pre_hook(_to_channels_last)
@@ -78,28 +71,11 @@ def prepare_model(
         checkpoint_activations(backbone, head)
     if compile_parts:
         for part in (backbone, head):
-            part.compile(backend=compile_backend, dynamic=None if pad_divisor else True)
+            part.compile(backend=compile_backend, dynamic=True)
 
 
 def _to_channels_last(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     return (args[0].contiguous(memory_format=torch.channels_last),)
-
-
-def _set_pad_divisor(backbone: nn.Module, divisor: int) -> None:
-    if not isinstance(backbone, FPN):
-        raise ConfigError(
-            f"INPUT.PAD_DIVISOR {divisor} is for FPN backbones, not {type(backbone).__name__}: set "
-            "INPUT.PAD_DIVISOR 0"
-        )
-    own = backbone.size_divisibility
-    if divisor % own:
-        nearest = max(1, round(divisor / own)) * own
-        raise ConfigError(
-            f"INPUT.PAD_DIVISOR {divisor} is no multiple of the backbone's {own}: set it to "
-            f"{nearest}, or 0"
-        )
-    # DenseDetector asks the backbone, whose constructor has no argument for it
-    backbone._size_divisibility = divisor
 
 
 def check_compiler(device_type: str) -> None:

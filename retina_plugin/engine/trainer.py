@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -23,7 +23,6 @@ from retina_plugin.evaluation import EVALUATOR_REGISTRY
 from retina_plugin.modeling.detector import LOG_PERIOD
 from retina_plugin.modeling.normalizer import LossNormalizer
 
-from .distributed import make_ddp_model
 from .hooks import BestCheckpoint, Pictures, ProgressBar
 from .precision import Autocast, inference_dtype, make_grad_scaler, training_dtype
 from .speed import prepare_model
@@ -36,7 +35,7 @@ class Trainer(DefaultTrainer):
     """``DefaultTrainer`` with the evaluator of ``TEST.EVALUATOR``, the mapper of ``INPUT.MAPPER``,
     the best checkpoint by AP, a progress bar on a terminal, pictures at the end, the loss
     normaliser in its checkpoints, and the options of speed and memory (``SOLVER.AMP``,
-    ``SOLVER.ACCUMULATE``, ``SOLVER.DDP``, ``MODEL.COMPILE``, ...).
+    ``SOLVER.ACCUMULATE``, ``MODEL.COMPILE``, ...).
 
     ``SOLVER.REFERENCE_WORLD_SIZE`` scales batch, learning rate and schedule to the number of
     processes, as in Detectron2.
@@ -59,13 +58,8 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         check_num_classes(cfg)  # again: a user's dataset may know its classes only once loaded
-        model = make_ddp_model(
-            model,
-            static_graph=cfg.SOLVER.DDP.STATIC_GRAPH,
-            gradient_as_bucket_view=cfg.SOLVER.DDP.GRADIENT_AS_BUCKET_VIEW,
-            compression=cfg.SOLVER.DDP.COMPRESSION,
-            passes=cfg.SOLVER.ACCUMULATE,
-        )
+        # device_ids None: DDP would copy the images itself, which synchronises with the GPU
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
         precision = training_dtype(cfg)
         half = precision == torch.float16
         self._trainer = StepTrainer(
@@ -114,7 +108,6 @@ class Trainer(DefaultTrainer):
             model,
             channels_last=cfg.MODEL.CHANNELS_LAST,
             compile_parts=cfg.MODEL.COMPILE,
-            pad_divisor=cfg.INPUT.PAD_DIVISOR,
         )
         return model
 

@@ -26,9 +26,10 @@ from torch.autograd.function import once_differentiable
 
 from retina_plugin.errors import ConfigError
 
-from . import eager, native, triton_kernels
+from .backends import eager, native
+from .backends import triton as triton_kernels
+from .backends.eager import compute_dtype
 from .classification import ClassificationLoss, CrossEntropy, FocalLoss, FocalLossStar
-from .eager import compute_dtype
 from .targets import BACKGROUND, IGNORED, DenseTargets
 
 __all__ = [

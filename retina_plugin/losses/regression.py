@@ -35,10 +35,19 @@ BOX_LOSS_REGISTRY = ComponentRegistry(
 class BoxLoss:
     """Base of the box losses: called with (prediction_P4, target_P4), returns (P,) losses.
 
-    ``on`` says what these are: "deltas" (the default) or "boxes".
+    Attributes:
+        on: what is compared, "deltas" (the default) or "boxes".
+        elementwise: each loss depends on its own row alone, and computing it does not synchronise
+            with the GPU. The detector then evaluates the loss under a mask instead of selecting
+            rows. Not inherited, because an override may break it: every class declares it itself.
     """
 
     on = "deltas"
+    elementwise = False
+
+    def is_elementwise(self) -> bool:
+        """Whether this very class declares itself ``elementwise``."""
+        return bool(vars(type(self)).get("elementwise", False))
 
     def __call__(self, prediction_P4: Tensor, target_P4: Tensor) -> Tensor:
         raise NotImplementedError  # abstract: every loss defines it
@@ -64,6 +73,8 @@ class SmoothL1(BoxLoss):
         ConfigError: negative beta.
     """
 
+    elementwise = True
+
     def __init__(self, beta: float = 0.1) -> None:
         if beta < 0:
             raise ConfigError(f"beta must be >= 0, got {beta}")
@@ -81,6 +92,8 @@ class SmoothL1(BoxLoss):
 @BOX_LOSS_REGISTRY.register()
 class L1(BoxLoss):
     """|d| of the deltas, summed over the four."""
+
+    elementwise = True
 
     def __call__(self, prediction_P4: Tensor, target_P4: Tensor) -> Tensor:
         return F.l1_loss(prediction_P4, target_P4, reduction="none").sum(dim=1)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backends.eager import compute_dtype
 from .classification import ClassificationLoss
 from .dense import DenseLoss
-from .eager import compute_dtype
 from .targets import DenseTargets
 
 __all__ = ["sampled_classification_loss"]

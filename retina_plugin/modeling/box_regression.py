@@ -11,7 +11,6 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch import Tensor
 
 from retina_plugin.losses import BoxLoss, DenseTargets
-from retina_plugin.losses.regression import L1, SmoothL1
 
 from .shapes import gather_anchors
 
@@ -65,7 +64,7 @@ def box_loss_sums(
     """
     # torchvision's losses of boxes, which select by a mask, wait for an accelerator themselves, and
     # in a loss of one's own a row may depend on others
-    by_mask = anchors_R4.device.type != "cpu" and type(box_loss) in (SmoothL1, L1)
+    by_mask = anchors_R4.device.type != "cpu" and box_loss.is_elementwise()
     sums_of = _of_all if by_mask else _of_positives
     return sums_of(box_loss, transform, anchors_R4, deltas, targets)
 

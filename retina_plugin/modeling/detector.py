@@ -27,12 +27,12 @@ from retina_plugin.losses import (
     sampled_classification_loss,
 )
 
+from .anchors import AnchorGenerator, to_device
 from .box_regression import BoxTransform, box_loss_sums
 from .head import RETINANET_HEAD_REGISTRY
 from .inference import DenseInference
 from .labeling import AnchorLabeler
 from .matcher import AnchorMatcher
-from .nonblocking import AnchorGenerator, to_device
 from .normalizer import LossNormalizer
 from .sampling import ANCHOR_SAMPLER_REGISTRY
 from .shapes import gather_anchors

@@ -16,11 +16,10 @@ from retina_plugin.losses import (
     check_backend,
     dense,
     dense_classification_loss,
-    eager,
-    native,
     sampled_classification_loss,
-    triton_kernels,
 )
+from retina_plugin.losses.backends import eager, native
+from retina_plugin.losses.backends import triton as triton_kernels
 from retina_plugin.losses.targets import BACKGROUND, IGNORED
 from retina_plugin.modeling.shapes import gather_anchors
 

@@ -1,0 +1,1 @@
+"""The paper's tables, trained and evaluated again: ``python -m reproduction.reproduce``."""

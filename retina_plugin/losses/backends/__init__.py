@@ -1,0 +1,1 @@
+"""What sums the dense loss over a level: plain PyTorch, compiled C++ for CPUs, Triton for GPUs."""

@@ -1,1 +1,0 @@
-"""Commands: ``python -m retina_plugin.tools.NAME``. Nothing imports them."""
