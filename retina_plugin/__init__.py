@@ -14,7 +14,12 @@ except ModuleNotFoundError as error:
         name="detectron2",
     ) from None
 
-from . import data, losses, modeling
+import warnings
+
+with warnings.catch_warnings():
+    # Detectron2 calls it at import, and its users cannot change that.
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+    from . import data, losses, modeling
 from .config import add_retina_config, get_config_file
 
 __version__ = "0.1.0"

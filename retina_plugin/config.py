@@ -276,11 +276,11 @@ DETECTRON2_KEYS: dict[str, Key] = {
 # Keys of earlier versions -> what to do instead.
 REMOVED_KEYS: dict[str, str] = {
     "INPUT.PAD_DIVISOR": (
-        "delete it; MODEL.FPN's stride pads images, and MODEL.COMPILE handles every size"
+        "delete it; images are padded to the backbone's stride, MODEL.COMPILE handles any size"
     ),
     "SOLVER.DDP.COMPRESSION": "delete it; register a communication hook on the trainer's model",
-    "SOLVER.DDP.GRADIENT_AS_BUCKET_VIEW": "delete it",
-    "SOLVER.DDP.STATIC_GRAPH": "delete it",
+    "SOLVER.DDP.GRADIENT_AS_BUCKET_VIEW": "delete it; it was never measured to help",
+    "SOLVER.DDP.STATIC_GRAPH": "delete it; it was never measured to help",
     "SOLVER.LR_PER_IMAGE": (
         "delete it; set SOLVER.BASE_LR and SOLVER.IMS_PER_BATCH together, or "
         "SOLVER.REFERENCE_WORLD_SIZE to scale both with the number of GPUs"

@@ -1,207 +1,232 @@
-"""setup.py, requirements/ and the script that makes the environment. Nothing is installed."""
+"""pyproject.toml, the lock, the script that makes the environment, and the built package."""
 
-import importlib.util
+import itertools
+import os
 import re
-import runpy
-from pathlib import Path
+import subprocess
+import sys
+import tomllib
+import zipfile
 
 import pytest
-import setuptools
+from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-ROOT = Path(__file__).resolve().parent.parent
-PINNED_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
+import retina_plugin
 
-
-@pytest.fixture
-def metadata(monkeypatch):
-    """What setup.py hands to setuptools."""
-    seen = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **options: seen.update(options))
-    monkeypatch.chdir(ROOT)
-    runpy.run_path("setup.py")
-    return seen
+PYTHONS = ("3.11", "3.12", "3.13")
 
 
 @pytest.fixture(scope="module")
-def bootstrap():
-    spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "requirements/bootstrap.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def project(repo):
+    return tomllib.loads((repo / "pyproject.toml").read_text())["project"]
 
 
-def uncommented_pins(text):
-    """Requirements that shut out newer versions on a line that does not say why."""
-    pin = re.compile(r'"[A-Za-z][^"]*(?:<|==|~=|!=)[^"]*"(?!.*#)')
-    return [line.strip() for line in text.splitlines() if pin.search(line)]
+@pytest.fixture(scope="module")
+def lock(repo):
+    """The requirements of requirements/lock.txt."""
+    lines = (repo / "requirements" / "lock.txt").read_text().splitlines()
+    stripped = [line.split("#")[0].strip() for line in lines]
+    return [Requirement(line) for line in stripped if line]
 
 
-def test_requirements(metadata):
-    needed = {Requirement(line).name for line in metadata["install_requires"]}
-    assert needed >= {
-        *("torch", "torchvision", "numpy", "Pillow", "opencv-python"),
-        *("pycocotools", "fvcore", "iopath"),
+def test_version_stands_in_both_places(project):
+    assert project["version"] == retina_plugin.__version__
+
+
+def test_supported_pythons(project):
+    supported = SpecifierSet(project["requires-python"])
+    assert all(supported.contains(f"{version}.0") for version in PYTHONS)
+    assert not supported.contains("3.10.18")
+    named = {c.rsplit(" ", 1)[1] for c in project["classifiers"] if "Python :: 3." in c}
+    assert named == set(PYTHONS)
+
+
+def test_installing_brings_no_detectron2(project):
+    """It would replace the one that a user compiled."""
+    extras = project["optional-dependencies"].values()
+    for line in [*project["dependencies"], *(line for extra in extras for line in extra)]:
+        assert "detectron2" not in Requirement(line).name
+
+
+def test_upper_bounds_say_why(repo):
+    """A comment stands on the line of a bound, or on the line above."""
+    lines = (repo / "pyproject.toml").read_text().splitlines()
+    bounded = re.compile(r'^\s+"[A-Za-z][^"]*(<|==|~=|!=)[^"]*"')
+    for above, line in itertools.pairwise(lines):
+        if bounded.match(line):
+            assert "#" in line or above.lstrip().startswith("#"), line
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_lock_has_one_allowed_version_of_everything(project, lock, python):
+    """For each supported Python on Linux, one pin that pyproject.toml allows."""
+    environment = {
+        **default_environment(),
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "sys_platform": "linux",
+        "platform_machine": "x86_64",
     }
-    extras = {
-        extra: [Requirement(line) for line in lines]
-        for extra, lines in metadata["extras_require"].items()
-    }
-    assert {requirement.name for requirement in extras["demo"]} == {"scikit-learn"}
-    dev = {requirement.name: str(requirement.specifier) for requirement in extras["dev"]}
-    assert dev.keys() == {"pytest", "ruff", "mypy"}
-    for gate in ("ruff", "mypy"):
-        assert re.fullmatch(r"==\d+(\.\d+)+", dev[gate])
-    # Installing the package must not bring a Detectron2 over the one that somebody compiled.
-    for requirement in [*needed, *dev, "scikit-learn"]:
-        assert "detectron2" not in requirement
+    pins = {}
+    for requirement in lock:
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            (specifier,) = requirement.specifier
+            assert specifier.operator == "==" and requirement.name not in pins
+            pins[requirement.name] = specifier.version
+    extras = project["optional-dependencies"].values()
+    for line in [*project["dependencies"], *(line for extra in extras for line in extra)]:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(pins[requirement.name.lower()]), line
 
 
-def test_python_and_version(metadata):
-    supported = SpecifierSet(metadata["python_requires"])
-    assert all(supported.contains(f"3.{minor}.0") for minor in (10, 11, 12, 13))
-    assert not supported.contains("3.9.18")
-    text = (ROOT / "retina_plugin/__init__.py").read_text(encoding="utf-8")
-    assert f'__version__ = "{metadata["version"]}"' in text
-    assert "retina_plugin" in metadata["packages"] and "tests" not in metadata["packages"]
+def test_detectron2_is_pinned_by_hash(repo):
+    lines = (repo / "requirements" / "detectron2.txt").read_text().splitlines()
+    (pin,) = [line for line in lines if line and not line.startswith("#")]
+    assert re.fullmatch(r"sal-detectron2==[\d.]+ --hash=sha256:[0-9a-f]{64}", pin)
 
 
-def test_upper_pins_say_why():
-    assert uncommented_pins('    "torch<3",\n    "numpy>=1,<2",\n    "ruff==1.0",  # a gate') == [
-        '"torch<3",',
-        '"numpy>=1,<2",',
-    ]
-    assert uncommented_pins((ROOT / "setup.py").read_text(encoding="utf-8")) == []
-
-
-def test_detectron2_is_pinned_by_hash():
-    lines = (ROOT / "requirements/detectron2.txt").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if line and not line.startswith("#")] == [
-        f"sal-detectron2==0.7.2 --hash=sha256:{PINNED_SHA256}"
-    ]
+# An interpreter that records what pip is asked for, and makes what the script looks for.
+FAKE_PYTHON = """\
+#!/bin/sh
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin" "$3/site" && cp "$0" "$3/bin/python" ;;
+    *"pip -q show detectron2"*) exit $NO_OWN_DETECTRON2 ;;
+    *"import cv2"*) ;;
+    *"import detectron2"*) exit 1 ;;
+    *purelib*) echo "$(dirname "$0")/../site" ;;
+    *" install "*)
+        echo "$*" >>"$CALLS"
+        while [ "$#" -gt 0 ]; do
+            if [ "$1" = --target ]; then
+                mkdir -p "$2/detectron2" "$2/sal_detectron2-1.dist-info" "$2/tools"
+                touch "$2/detectron2/_C.so" "$2/detectron2/engine.py"
+            fi
+            shift
+        done ;;
+    *) exec "$REAL_PYTHON" "$@" ;;
+esac
+"""
 
 
 @pytest.fixture
-def checkout(tmp_path):
-    (tmp_path / "requirements").mkdir()
-    (tmp_path / "requirements/one.txt").write_text("one\n")
-    (tmp_path / "setup.py").write_text("setup()\n")
-    (tmp_path / "pyproject.toml").write_text('[build-system]\nrequires = ["a"]\n[tool.x]\ny = 1\n')
-    return tmp_path
+def set_up(repo, tmp_path):
+    """Runs requirements/setup.sh with the interpreter above; its output and what pip installed."""
+    fake = tmp_path / "python"
+    fake.write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
+    calls = tmp_path / "calls.txt"
+
+    def run(*args, own_detectron2=False):
+        calls.write_text("")
+        done = subprocess.run(
+            [str(repo / "requirements" / "setup.sh"), *map(str, args)],
+            env={
+                **os.environ,
+                "PYTHON": str(fake),
+                "REAL_PYTHON": sys.executable,
+                "CALLS": str(calls),
+                "NO_OWN_DETECTRON2": "0" if own_detectron2 else "1",
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done, calls.read_text().splitlines()
+
+    return run
 
 
-def test_fingerprint_follows_what_is_installed(bootstrap, checkout):
-    def fingerprint(version="3.11"):
-        return bootstrap.fingerprint(checkout, checkout / ".venv", version)
-
-    before = fingerprint()
-    pyproject = checkout / "pyproject.toml"
-    pyproject.write_text(pyproject.read_text().replace("y = 1", "y = 2"))
-    assert fingerprint() == before  # settings of the tools install nothing
-    seen = {before, fingerprint("3.12")}
-    pyproject.write_text(pyproject.read_text().replace('"a"', '"b"'))
-    seen.add(fingerprint())
-    (checkout / "setup.py").write_text("setup(1)\n")
-    seen.add(fingerprint())
-    (checkout / "requirements/one.txt").write_text("two\n")
-    seen.add(fingerprint())
-    (checkout / "requirements/one.txt").rename(checkout / "requirements/two.txt")
-    seen.add(fingerprint())
-    seen.add(bootstrap.fingerprint(checkout, checkout / "elsewhere", "3.11"))
-    assert len(seen) == 7
-
-
-@pytest.fixture
-def venv(bootstrap, tmp_path):
-    """A finished environment of this interpreter's version, in outline; its stamp is "old"."""
+def test_set_up_installs_the_lock_and_the_pinned_detectron2(set_up, tmp_path):
     venv = tmp_path / "venv"
-    (venv / "bin").mkdir(parents=True)
-    (venv / "bin/python").touch()
-    (venv / "lib/python3/site-packages").mkdir(parents=True)
-    (venv / bootstrap.MARKER).touch()
-    (venv / bootstrap.STAMP).write_text("old")
-    return venv
+    done, installed = set_up(venv)
+    assert done.returncode == 0, done.stderr
+    assert "-r requirements/lock.txt" in installed[0]
+    assert "--no-deps" in installed[1] and "--editable ." in installed[1]
+    assert "--require-hashes" in installed[2] and "requirements/detectron2.txt" in installed[2]
+    assert len(installed) == 3
+    # without the binary for another Python and without the folder `tools`
+    found = sorted(str(p.relative_to(venv / "site")) for p in (venv / "site").rglob("*"))
+    assert found == ["detectron2", "detectron2/engine.py", "sal_detectron2-1.dist-info"]
 
 
-@pytest.fixture
-def commands(bootstrap, venv, monkeypatch):
-    """The commands that a set-up would have run."""
-    seen = []
-    site = venv / "lib/python3/site-packages"
-    monkeypatch.setattr(bootstrap, "run", lambda command, advice: seen.append(" ".join(command)))
-    monkeypatch.setattr(bootstrap, "probe", lambda venv: (bootstrap.python_version(), [site]))
-    monkeypatch.setattr(bootstrap, "mend_opencv", lambda *args: None)
-    monkeypatch.setattr(bootstrap, "install_detectron2", lambda *args: seen.append("detectron2"))
-    return seen
+def test_set_up_can_be_repeated(set_up, tmp_path):
+    for _ in range(2):
+        done, installed = set_up(tmp_path / "venv")
+        assert done.returncode == 0 and len(installed) == 3
 
 
-def test_current(bootstrap, venv):
-    assert bootstrap.is_current(venv, "old")
-    assert not bootstrap.is_current(venv, "new")
-    (venv / "bin/python").unlink()
-    assert not bootstrap.is_current(venv, "old")
+def test_set_up_latest_takes_the_open_ranges(set_up, tmp_path):
+    done, installed = set_up(tmp_path / "venv", "latest")
+    assert done.returncode == 0
+    assert "--upgrade" in installed[0] and ".[demo,fast,dev]" in installed[0]
+    assert not any("lock.txt" in call for call in installed)
 
 
-def test_new_requirements_rebuild(bootstrap, venv, commands):
-    (venv / "lib/leftover").touch()
-    bootstrap.set_up(venv, "new")
-    assert not (venv / "lib/leftover").exists()
-    assert (venv / bootstrap.STAMP).read_text() == "new"
-    assert [re.search("venv|editable|detectron2", c).group() for c in commands] == [
-        *("venv", "venv", "detectron2")
-    ]
-    assert "--editable .[demo,fast,dev]" in commands[1]
+def test_set_up_keeps_a_detectron2_of_the_user(set_up, tmp_path):
+    set_up(tmp_path / "venv")
+    built = tmp_path / "venv" / "site" / "detectron2" / "engine.py"
+    built.write_text("compiled = True")
+    done, installed = set_up(tmp_path / "venv", own_detectron2=True)
+    assert done.returncode == 0 and "keeping the Detectron2" in done.stdout
+    assert len(installed) == 2 and built.read_text() == "compiled = True"
 
 
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("step", ["empty", "run"])
-def test_interrupted_is_not_current(bootstrap, venv, commands, monkeypatch, own, step):
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bootstrap, step, interrupt)
-    monkeypatch.setattr(bootstrap, "run", interrupt)
-    monkeypatch.setattr(bootstrap, "own_detectron2", lambda paths: "a build" if own else "")
-    with pytest.raises(KeyboardInterrupt):
-        bootstrap.set_up(venv, "old")
-    assert not (venv / bootstrap.STAMP).exists()
-    assert (venv / bootstrap.MARKER).exists()  # the next try may go on
+def test_set_up_leaves_an_environment_of_the_user_alone(set_up, tmp_path):
+    venv = tmp_path / "mine"
+    venv.mkdir()
+    (venv / "pyvenv.cfg").write_text("home = /usr")
+    done, installed = set_up(venv)
+    assert done.returncode == 1 and installed == []
+    assert "not made by this script: move it away, or choose another with VENV=" in done.stderr
+    assert [p.name for p in venv.iterdir()] == ["pyvenv.cfg"]
 
 
-def test_own_detectron2(bootstrap, venv):
-    site = venv / "lib/python3/site-packages"
-    assert bootstrap.own_detectron2([site]) == ""
-    (site / "detectron2").mkdir()
-    assert bootstrap.own_detectron2([site]) == f"the Detectron2 in {site}"
-    pinned = site / "sal_detectron2-0.7.2.dist-info"
-    pinned.mkdir()
-    (pinned / "METADATA").write_text("Name: sal-detectron2\nVersion: 0.7.2\n")
-    assert bootstrap.own_detectron2([site]) == ""
-    official = site / "detectron2-0.6.dist-info"
-    official.mkdir()
-    (official / "METADATA").write_text("Name: detectron2\nVersion: 0.6\n")
-    assert bootstrap.own_detectron2([site]) == "Detectron2 0.6"
+def test_set_up_refuses_an_environment_of_another_python(set_up, tmp_path):
+    set_up(tmp_path / "venv")
+    (tmp_path / "venv" / "made-by-retina-plugin").write_text("3.9\n")
+    done, installed = set_up(tmp_path / "venv")
+    assert done.returncode == 1 and installed == []
+    assert "was made with Python 3.9, not " in done.stderr
 
 
-def test_own_detectron2_is_kept(bootstrap, venv, commands, monkeypatch):
-    module = venv / "lib/python3/site-packages/detectron2/__init__.py"
-    module.parent.mkdir()
-    module.write_text("compiled = True\n")
-    bootstrap.set_up(venv, "new")
-    assert module.read_text() == "compiled = True\n"
-    assert len(commands) == 1 and "--editable" in commands[0]
-    assert bootstrap.is_current(venv, "new")
+def test_package_works_without_a_checkout(repo, tmp_path):
+    """The wheel has the configs and the kernel's source; ``retina`` runs in an empty folder."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("retina_plugin", "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        (source / name).symlink_to(repo / name)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, "-w", str(tmp_path), str(source)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    tops = {path.split("/")[0] for path in (str(p.relative_to(site)) for p in site.rglob("*"))}
+    assert tops == {"retina_plugin", f"retina_plugin-{retina_plugin.__version__}.dist-info"}
+    for file in ("py.typed", "losses/backends/native.cpp", "configs/_base_/retinanet.yaml"):
+        assert (site / "retina_plugin" / file).is_file(), file
+    entry_points = next(site.glob("*.dist-info")) / "entry_points.txt"
+    assert "retina = retina_plugin.cli:main" in entry_points.read_text()
 
-    monkeypatch.setattr(bootstrap, "python_version", lambda: "3.99")
-    monkeypatch.setattr(bootstrap, "probe", lambda venv: ("3.11", [module.parent.parent]))
-    with pytest.raises(bootstrap.SetupError, match="holds a Detectron2 of yours"):
-        bootstrap.set_up(venv, "newer")
-    assert module.exists()
+    def retina(*args):
+        return subprocess.run(
+            [sys.executable, "-m", "retina_plugin", *args],
+            cwd=empty,
+            env={**os.environ, "PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
-
-def test_an_environment_of_the_users_is_not_emptied(bootstrap, venv, commands):
-    (venv / bootstrap.MARKER).unlink()
-    bootstrap.set_up(venv, "new")
-    assert (venv / "lib/python3/site-packages").is_dir()
-    assert commands[-1] == "detectron2" and "--editable" in commands[0]
+    assert "retina COMMAND --help" in retina("--help").stdout
+    compared = retina("diff", "retina_R50_600.yaml", "retina_R101_600.yaml").stdout
+    assert "MODEL.RESNETS.DEPTH" in compared

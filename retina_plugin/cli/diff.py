@@ -1,27 +1,26 @@
-"""``retina diff A.yaml B.yaml``: which keys differ between two configs.
+"""``retina diff A.yaml B.yaml``: which keys differ between two configs, and where the paper
+speaks of them.
 
-Both are resolved as ``train_net.py`` does (defaults, ``_BASE_``, the file). ``OUTPUT_DIR``, which
-follows the file's name, is no knob.
+Both are resolved as ``retina train`` does it: defaults, ``_BASE_``, the file. ``OUTPUT_DIR``, which
+follows the file's name, is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import textwrap
 from typing import Any
 
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from retina_plugin import config
+from retina_plugin.config import flatten, section_of
 from retina_plugin.engine import setup_cfg
-from retina_plugin.errors import ConfigError
 
-__all__ = ["GROUPS", "compare", "flatten", "group_of", "main", "report"]
+__all__ = ["GROUPS", "OTHER", "compare", "group_of", "main", "report"]
 
-# Group -> beginnings of its keys. The longest beginning wins: MODEL.RETINANET.OHEM is the loss's,
-# the rest of MODEL the model's. What has none is in REST.
+# Group -> prefixes of its keys. The longest prefix wins: MODEL.RETINANET.OHEM is in the loss's
+# group, the rest of MODEL in the model's. A key without a group is in OTHER.
 GROUPS = {
     "model": ("MODEL",),
     "loss and assignment": (
@@ -30,7 +29,9 @@ GROUPS = {
         "MODEL.RETINANET.CLS_LOSS",
         "MODEL.RETINANET.FOCAL_",
         "MODEL.RETINANET.HINGE_",
+        "MODEL.RETINANET.IGNORE_IOF_THRESH",
         "MODEL.RETINANET.IOU_",
+        "MODEL.RETINANET.LOSS_",
         "MODEL.RETINANET.LOW_QUALITY_MATCHES",
         "MODEL.RETINANET.NORMALIZER",
         "MODEL.RETINANET.OHEM",
@@ -46,55 +47,58 @@ GROUPS = {
         "TEST",
     ),
 }
-REST = "rest"
+OTHER = "other"
 
-_NOT_KNOBS = ("OUTPUT_DIR",)
-_WIDTH = 36  # of a value; a longer one takes several lines
+_LEFT_OUT = ("OUTPUT_DIR",)
+_WIDTH = 36  # of a value's column; longer values are wrapped
 
-
-def flatten(cfg: CfgNode) -> dict[str, Any]:
-    """Full key -> value of every knob."""
-    return {key: value for key, value in config.flatten(cfg).items() if key not in _NOT_KNOBS}
+# One line of the table: key, value in A, value in B, section of the paper.
+Row = tuple[str, str, str, str]
 
 
 def group_of(key: str) -> str:
-    """The name in ``GROUPS`` that a key falls under, or ``REST``."""
-    found = [(start, group) for group, starts in GROUPS.items() for start in starts]
-    found = [(start, group) for start, group in found if key.startswith(start)]
-    return max(found, key=lambda pair: len(pair[0]))[1] if found else REST
+    """The name in ``GROUPS`` that a key falls under, or ``OTHER``."""
+    matching = [
+        (prefix, group)
+        for group, prefixes in GROUPS.items()
+        for prefix in prefixes
+        if key.startswith(prefix)
+    ]
+    return max(matching, key=lambda pair: len(pair[0]))[1] if matching else OTHER
 
 
-def compare(a: CfgNode, b: CfgNode, all_knobs: bool = False) -> dict[str, list[tuple[str, ...]]]:
-    """Group -> rows of (key, value in ``a``, value in ``b``, section of the paper).
+def compare(a: CfgNode, b: CfgNode, all_keys: bool = False) -> dict[str, list[Row]]:
+    """The rows of each group that has any.
 
     Args:
-        all_knobs: also those that are equal. A list and a tuple of the same values are.
+        all_keys: also keys with equal values. A list equals a tuple of the same values.
     """
-    knobs_a, knobs_b = flatten(a), flatten(b)
-    rows: dict[str, list[tuple[str, ...]]] = {group: [] for group in (*GROUPS, REST)}
-    for key in sorted(knobs_a.keys() | knobs_b.keys()):
-        # a module of IMPORTS may add a key to one of them
-        text_a, text_b = (_text(k[key]) if key in k else "" for k in (knobs_a, knobs_b))
-        if all_knobs or text_a != text_b:
-            rows[group_of(key)].append((key, text_a, text_b, config.section_of(key)))
+    flat_a, flat_b = flatten(a), flatten(b)
+    rows: dict[str, list[Row]] = {group: [] for group in (*GROUPS, OTHER)}
+    for key in sorted((flat_a.keys() | flat_b.keys()) - set(_LEFT_OUT)):
+        # A module of IMPORTS may add a key to one of the configs only.
+        text_a = _text(flat_a[key]) if key in flat_a else ""
+        text_b = _text(flat_b[key]) if key in flat_b else ""
+        if all_keys or text_a != text_b:
+            rows[group_of(key)].append((key, text_a, text_b, section_of(key)))
     return {group: found for group, found in rows.items() if found}
 
 
 def _text(value: Any) -> str:
-    """A value as it is printed; a list of lists (sizes of anchors) has a line for each."""
-    plain = _lists(value)
+    """A value as it is printed. A list of lists, such as anchor sizes, has a line for each."""
+    plain = _as_lists(value)
     if isinstance(plain, list) and plain and all(isinstance(v, list) for v in plain):
         return "\n".join(map(repr, plain))
     return repr(plain)
 
 
-def _lists(value: Any) -> Any:
-    return [_lists(v) for v in value] if isinstance(value, (list, tuple)) else value
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def report(rows: dict[str, list[tuple[str, ...]]]) -> str:
-    """One table of all groups, with a line for the name of each."""
-    lines: list[tuple[str, ...]] = []
+def report(rows: dict[str, list[Row]]) -> str:
+    """One table of all groups, each under a line with its name."""
+    lines: list[Row] = []
     for group, found in rows.items():
         lines.append((f"[{group}]", "", "", ""))
         lines += [(key, _wrap(a), _wrap(b), section) for key, a, b, section in found]
@@ -107,18 +111,19 @@ def _wrap(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; exits with 1 and one line where a file can't be read."""
+    """Print the table.
+
+    Raises:
+        ConfigError: a config that cannot be read.
+    """
     parser = argparse.ArgumentParser(
         prog="retina diff",
-        description="Which knobs differ between two configs, and where the paper speaks of them.",
+        description="Show which keys of two configs differ, and where the paper speaks of them.",
     )
-    parser.add_argument("a", metavar="A.yaml")
+    parser.add_argument("a", metavar="A.yaml", help="a file or one of the paper's configs")
     parser.add_argument("b", metavar="B.yaml")
-    parser.add_argument("--all", action="store_true", help="also the knobs that are equal")
+    parser.add_argument("--all", action="store_true", help="also show keys with equal values")
     args = parser.parse_args(argv)
-    try:
-        rows = compare(setup_cfg(args.a), setup_cfg(args.b), args.all)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    rows = compare(setup_cfg(args.a), setup_cfg(args.b), args.all)
     print(f"A: {args.a}\nB: {args.b}\n")
-    print(report(rows) if rows else "no knob differs")
+    print(report(rows) if rows else "no key differs")

@@ -1,4 +1,4 @@
-"""Which knobs differ between two configs."""
+"""``retina diff``: which keys differ between two configs."""
 
 import os
 import subprocess
@@ -8,12 +8,14 @@ import pytest
 from detectron2.config import get_cfg
 
 from retina_plugin import add_retina_config
-from retina_plugin.cli.diff import GROUPS, REST, SECTIONS, compare, flatten, group_of, main
+from retina_plugin.cli import main as retina
+from retina_plugin.cli.diff import GROUPS, OTHER, compare, group_of
+from retina_plugin.config import DETECTRON2_KEYS, KEYS, flatten
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch, repo):
-    """a.yaml and b.yaml, which differ in one knob of each group, in the working directory."""
+    """a.yaml and b.yaml, which differ in at least one key of each group."""
     monkeypatch.chdir(tmp_path)
     base = repo / "configs" / "_base_" / "retinanet.yaml"
     (tmp_path / "a.yaml").write_text(f"_BASE_: {base}\nINPUT: {{MIN_SIZE_TRAIN: '(600,)'}}\n")
@@ -35,11 +37,11 @@ OUTPUT_DIR: elsewhere
 
 def run(capsys, *args):
     """The lines that it prints."""
-    main(list(args))
+    retina(["diff", *args])
     return capsys.readouterr().out.splitlines()
 
 
-def test_what_differs(files, capsys):
+def test_differing_keys_by_group_with_sections(files, capsys):
     """Groups in order, key, both values and section in aligned columns; nothing else."""
     lines = run(capsys, *files)
     assert lines[:3] == ["A: a.yaml", "B: b.yaml", ""]
@@ -69,7 +71,7 @@ def test_what_differs(files, capsys):
         ("SOLVER.MAX_ITER", "90000", "7", "4.1 Optimization, Table 2"),
         ("[test]", "", "", ""),
         ("MODEL.RETINANET.SCORE_THRESH_TEST", "0.05", "0.0", "4.1 Inference"),
-        ("[rest]", "", "", ""),
+        ("[other]", "", "", ""),
         ("SEED", "-1", "3", ""),
     ]
     text = " ".join(" ".join(columns[1] for columns in cells).split())
@@ -77,22 +79,21 @@ def test_what_differs(files, capsys):
     assert [c[2] for c in cells if not c[0] and c[2]] == ["[64]", "[128]", "[256]", "[512]"]
 
 
-def test_all_has_every_knob(files, capsys):
+def test_option_all_shows_every_key(files, capsys):
     lines = run(capsys, *files, "--all")
     keys = {line.split()[0] for line in lines[5:] if line[:1] not in ("[", " ")}
-    assert keys == flatten(add_retina_config(get_cfg())).keys()
-    assert "OUTPUT_DIR" not in keys and "INPUT.MIN_SIZE_TRAIN" in keys
+    assert keys == flatten(add_retina_config(get_cfg())).keys() - {"OUTPUT_DIR"}
 
 
-def test_nothing_differs(files, capsys):
-    """Files of other names and output folders; a list for a tuple."""
+def test_equal_configs(files, capsys):
+    """File name, output folder, and list or tuple do not count."""
     with open("c.yaml", "w") as file:
         file.write("_BASE_: a.yaml\nINPUT: {MIN_SIZE_TRAIN: [600]}\nOUTPUT_DIR: c\n")
-    assert run(capsys, "a.yaml", "c.yaml")[-1] == "no knob differs"
+    assert run(capsys, "a.yaml", "c.yaml")[-1] == "no key differs"
 
 
-def test_a_key_of_one_config_only():
-    """What a module of IMPORTS adds."""
+def test_key_of_one_config_only():
+    """A module of IMPORTS may add a key."""
     a, b = get_cfg(), get_cfg()
     b.MODEL.RETINANET.MINE = 1
     assert compare(a, b) == {"model": [("MODEL.RETINANET.MINE", "", "1", "")]}
@@ -112,43 +113,44 @@ def test_a_key_of_one_config_only():
         ("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "data and input"),
         ("SOLVER.WARMUP_ITERS", "schedule"),
         ("TEST.EVAL_PERIOD", "test"),
-        ("IMPORTS", "rest"),
+        ("IMPORTS", "other"),
     ],
 )
 def test_groups(key, group):
     assert group_of(key) == group
 
 
-def test_the_tables_of_the_tool_are_about_keys_that_exist():
-    """No section and no group for a key that was renamed; the plugin's own have a group."""
+def test_groups_and_sections_name_existing_keys():
+    """No group and no section is left behind by a renamed key."""
     ours, plain = flatten(add_retina_config(get_cfg())), flatten(get_cfg())
-    assert SECTIONS.keys() <= ours.keys()
+    assert DETECTRON2_KEYS.keys() <= plain.keys()
+    assert KEYS.keys() == ours.keys() - plain.keys()
     for start in (start for starts in GROUPS.values() for start in starts):
         assert any(key.startswith(start) for key in ours), start
-    assert {key for key in ours.keys() - plain.keys() if group_of(key) == REST} == {"IMPORTS"}
+    assert {key for key in KEYS if group_of(key) == OTHER} == {"IMPORTS"}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no file bad.yaml"),
+        (None, "there is no file bad.yaml"),
         ("MODEL: [", "bad.yaml"),
         ("MODEL: {RETINANET: {GAMMA: 2.0}}", "MODEL.RETINANET.GAMMA"),
         ("_BASE_: nowhere.yaml", "nowhere.yaml"),
     ],
 )
-def test_a_bad_file_is_one_line(files, text, message):
+def test_unreadable_config_is_one_line(files, text, message):
     if text is not None:
         with open("bad.yaml", "w") as file:
             file.write(text)
     for args in (["bad.yaml", "a.yaml"], ["a.yaml", "bad.yaml"]):
         with pytest.raises(SystemExit) as error:
-            main(args)
+            retina(["diff", *args])
         assert str(error.value).startswith("error: ") and message in str(error.value)
         assert "\n" not in str(error.value)
 
 
-def test_as_a_command(files, repo):
+def test_command_in_a_process(files, repo):
     """Exit status 0 with the table on stdout, 1 with the line on stderr."""
     command = [sys.executable, "-W", "ignore", "-m", "retina_plugin", "diff"]
     for file, status in (("b.yaml", 0), ("nothing.yaml", 1)):
@@ -161,4 +163,4 @@ def test_as_a_command(files, repo):
         )
         assert done.returncode == status
         assert ("SOLVER.MAX_ITER" in done.stdout) == (status == 0)
-        assert ("error: --config-file: no file nothing.yaml" in done.stderr) == (status == 1)
+        assert ("error: there is no file nothing.yaml" in done.stderr) == (status == 1)
