@@ -1,0 +1,196 @@
+"""Every code block of the documentation works; a page's blocks are tried in order in a folder."""
+
+import contextlib
+import importlib
+import io
+import json
+import pickle
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+
+from retina_plugin.cli import COMMANDS
+from retina_plugin.cli import main as retina
+from retina_plugin.engine import argument_parser, check_config, setup_cfg
+from retina_plugin.losses import BOX_LOSS_REGISTRY, CLS_LOSS_REGISTRY
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+# Commands that are only parsed, and why. Everything else is run.
+PARSED_ONLY = {
+    "make setup": "needs the network",
+    "make demo": "takes minutes",
+    "make test": "is this",
+    "make coverage": "is this, slower",
+    "make help": "needs no test of its own",
+    "python train_net.py --config-file configs/retina_R101_800.yaml --num-gpus 8": "COCO, 8 GPUs",
+    "python train_net.py --config-file configs/retina_R101_800.yaml --eval-only MODEL.WEIGHTS "
+    "model.pth DATASETS.TEST \"('coco_2017_test-dev',)\"": "COCO",
+    "python train_net.py --config-file cars.yaml": "trains a ResNet-50; its config is checked",
+    "python -m benchmarks": "takes minutes",
+    "python -m benchmarks --stage loss --device cuda": "a GPU",
+    "python -m reproduction.reproduce 1b --scale paper": "COCO, GPUs",
+    'python -m reproduction.reproduce 1b --scale mini --rows "gamma=2" --seeds 1': "takes minutes",
+}
+
+
+def blocks(page):
+    """(language, text, file) of each code block; file is the name in backticks before a colon."""
+    found = re.finditer(r"(?:`([\w.]+)`[^`\n]*:\n\n)?```(\w*)\n(.*?)```", page, re.DOTALL)
+    return [(m[2], m[3], m[1]) for m in found]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, tiny_digits):
+    """What the pages assume: a checkout's configs, an image, a dataset, a model-zoo file."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    cv2.imwrite("street.jpg", image)
+    for split in ("train", "val"):
+        coco = json.loads((tiny_digits / f"{split}.json").read_text())
+        coco["categories"] = [{"id": i, "name": f"car {i}"} for i in (1, 2, 3)]
+        for annotation in coco["annotations"]:
+            annotation["category_id"] = annotation["category_id"] % 3 + 1
+        (tmp_path / "cars").mkdir(exist_ok=True)
+        (tmp_path / "cars" / f"{split}.json").write_text(json.dumps(coco))
+        shutil.copytree(tiny_digits / split, tmp_path / "cars" / "images", dirs_exist_ok=True)
+    monkeypatch.setattr(model_zoo, "get_checkpoint_url", model_zoo_file)
+    modules, datasets = set(sys.modules), set(DatasetCatalog)
+    registries = [CLS_LOSS_REGISTRY, BOX_LOSS_REGISTRY]
+    registered = [dict(registry._obj_map) for registry in registries]  # fvcore can't take back
+    yield tmp_path
+    for registry, entries in zip(registries, registered, strict=True):
+        registry._obj_map = entries
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+    for name in set(DatasetCatalog) - datasets:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def model_zoo_file(name):
+    """Instead of the download: random weights of Detectron2's RetinaNet in the real file's form."""
+    cfg = get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file(name))
+    cfg.MODEL.DEVICE = "cpu"
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    torch.nn.init.constant_(model.head.cls_score.bias, -2.0)  # so that something is detected
+    weights = {k: v.numpy() for k, v in model.state_dict().items()}
+    path = Path("model_final_zoo.pkl")
+    path.write_bytes(pickle.dumps({"model": weights, "__author__": "Detectron2 Model Zoo"}))
+    return str(path)
+
+
+def run_python(text):
+    """The block's output."""
+    path = Path("block.py")
+    path.write_text(text)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(str(path))
+    return printed.getvalue()
+
+
+def try_command(command):
+    """Run a command, or parse it if it is in PARSED_ONLY."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in targets and command in PARSED_ONLY
+    elif words[:2] == ["python", "train_net.py"]:
+        assert command in PARSED_ONLY
+        args = argument_parser().parse_args(words[2:])
+        cfg = setup_cfg(args.config_file, args.opts)
+        if "coco" not in str(cfg.DATASETS):
+            check_config(cfg)
+    elif words[:2] == ["python", "-m"] and words[2] == "benchmarks":
+        assert command in PARSED_ONLY
+        importlib.import_module("benchmarks.__main__").arguments().parse_args(words[3:])
+    elif words[:2] == ["python", "-m"]:
+        dry = [] if "--dry-run" in words else ["--dry-run"]
+        assert not dry or command in PARSED_ONLY
+        importlib.import_module(words[2]).main([*words[3:], *dry])
+    else:
+        assert words[0] == "retina" and words[1] in COMMANDS
+        retina(words[1:])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page(page, folder, capsys):
+    tried = 0
+    for language, text, file in blocks((ROOT / page).read_text()):
+        tried += 1
+        if language == "sh":
+            for line in text.splitlines():
+                command = line.split(" #")[0].strip()
+                if command:
+                    try_command(command)
+        elif language == "yaml":
+            path = Path(file or "block.yaml")
+            path.write_text(text)
+            cfg = setup_cfg(str(path))
+            if "coco" not in str(cfg.DATASETS):
+                check_config(cfg)
+        else:
+            assert language == "python", f"{page}: a block without a language that is tried"
+            if file:
+                Path(file).write_text(text)  # a YAML imports it
+            else:
+                run_python(text)
+    assert tried == (ROOT / page).read_text().count("```") / 2
+
+
+def test_parsed_commands_are_still_there():
+    text = "\n".join((ROOT / page).read_text() for page in PAGES)
+    for command in PARSED_ONLY:
+        assert command in text
+
+
+def test_model_zoo_weights_detect_as_in_detectron2(folder):
+    """The README's ten lines; Detectron2's own RetinaNet gives the same detections."""
+    (code,) = [text for _, text, _ in blocks((ROOT / "README.md").read_text()) if "zoo" in text]
+    ours = run_python(code)
+    plain = code.replace('cfg.MODEL.META_ARCHITECTURE = "FocalRetinaNet"\n', "")
+    assert plain != code
+    assert re.search(r"num_instances=[1-9]", ours)
+    assert run_python(plain) == ours
+
+
+def test_own_loss_of_the_readme_trains(folder, tiny_cfg):
+    for _, text, file in blocks((ROOT / "README.md").read_text()):
+        if file in ("my_loss.py", "squared.yaml"):
+            Path(file).write_text(text)
+    short = ["SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "OUTPUT_DIR", str(folder / "out")]
+    tiny = ["DATASETS.TRAIN", str(tiny_cfg.DATASETS.TRAIN), "DATASETS.TEST", "()"]
+    retina(["train", "--config-file", "squared.yaml", "--num-gpus", "0", *short, *tiny])
+    config = (folder / "out" / "config.yaml").read_text()
+    assert "CLS_LOSS: SquaredCrossEntropy" in config
+    assert (folder / "out" / "model_final.pth").is_file()
+
+
+def test_links_lead_somewhere():
+    """Links within the repository, of every page."""
+    for page in [*PAGES, "CHANGELOG.md", "SECURITY.md"]:
+        path = ROOT / page
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{page}: {target}"
+
+
+def test_configuration_page_is_generated():
+    page = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))["page"]()
+    assert (ROOT / "docs" / "configuration.md").read_text() == page, "run `make docs`"
