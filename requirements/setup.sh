@@ -34,7 +34,7 @@ echo "$version" >"$marker"  # first, so that an interrupted run may be repeated
     fail "this Python cannot make an environment: install its venv module (Debian: python3-venv)"
 
 pip() {
-    "$venv/bin/python" -m pip --disable-pip-version-check --no-input install -q "$@" ||
+    "$venv/bin/python" -m pip --disable-pip-version-check --no-input install -qq "$@" ||
         fail "pip failed, see above: check network, package index and disk space, then run again"
 }
 if [ "$versions" = locked ]; then
