@@ -12,7 +12,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes
 from torch import Tensor
 
-from reproduction.paper import checkout
+from retina_plugin import get_config_file
 from retina_plugin.engine import setup_cfg
 
 __all__ = [
@@ -58,10 +58,9 @@ def boxes_in_image(count: int, generator: torch.Generator, device: str) -> Tenso
 
 def model_cfg(name: str, device: str) -> CfgNode:
     """A config of Table 1e with Detectron2's protocol, so that both models compute the same."""
-    root = checkout()
-    cfg = setup_cfg(str(root / "configs" / f"retina_{name}.yaml"))
-    protocol = root / "configs" / "_base_" / "protocol_detectron2.yaml"
-    cfg.merge_from_other_cfg(CfgNode(CfgNode.load_yaml_with_base(str(protocol))))
+    cfg = setup_cfg(get_config_file(f"retina_{name}.yaml"))
+    protocol = get_config_file("_base_/protocol_detectron2.yaml")
+    cfg.merge_from_other_cfg(CfgNode(CfgNode.load_yaml_with_base(protocol)))
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.VIS_PERIOD = device, "", 0
     return cfg
 
