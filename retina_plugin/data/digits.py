@@ -30,6 +30,9 @@ __all__ = ["CLASSES", "SceneSpec", "compose_scene", "prepare", "register"]
 
 CLASSES = [str(d) for d in range(10)]
 
+# an image (S, S, 3) BGR uint8, and the box XYWH and class of each digit
+Scene = tuple[np.ndarray, list[tuple[list[int], int]]]
+
 logger = logging.getLogger("retina_plugin")
 
 _VERSION = 2  # of the code that composes scenes: raise it when pixels change
@@ -55,7 +58,7 @@ class SceneSpec:
 
     @property
     def digest(self) -> str:
-        """Eight digits that identify the scenes: it is part of the folder's name."""
+        """Eight hexadecimal characters that identify the scenes, for the folder's name."""
         text = json.dumps([_VERSION, asdict(self)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -129,7 +132,7 @@ def compose_scene(
     labels: np.ndarray,
     photos: list[np.ndarray],
     spec: SceneSpec,
-) -> tuple[np.ndarray, list[tuple[list[int], int]]]:
+) -> Scene:
     """Draw random digits on a random crop of a photo.
 
     Args:
@@ -201,9 +204,7 @@ def _overlap(a: tuple[int, int, int, int], b: list[int]) -> float:
     return max(w, 0) * max(h, 0) / min(a[2] * a[3], b[2] * b[3])
 
 
-def _write_coco(
-    root: Path, split: str, scenes: Iterable[tuple[np.ndarray, list[tuple[list[int], int]]]]
-) -> None:
+def _write_coco(root: Path, split: str, scenes: Iterable[Scene]) -> None:
     """Write the images of a split and their annotations, ``{split}.json``."""
     folder = root / split
     folder.mkdir()
@@ -219,8 +220,7 @@ def _write_coco(
         for (x, y, w, h), label in objects:
             annotations.append(
                 {
-                    "id": len(annotations)
-                    + 1,  # from 1: id 0 means "no match" to COCO's evaluation
+                    "id": len(annotations) + 1,  # not 0: pycocotools reads it as "no match"
                     "image_id": index,
                     "category_id": label + 1,
                     "bbox": [x, y, w, h],

@@ -68,6 +68,11 @@ class FastMapper:
         image_format: format of the returned image in Detectron2's terms: "BGR", "RGB", ...
         keep_crowd: keep crowd boxes and mark them in ``instances.gt_iscrowd`` (bool, one a box),
             so that the detector can ignore anchors in them. False drops crowd boxes.
+
+    Example::
+
+        mapper = FastMapper(**FastMapper.from_config(cfg, is_train=True))
+        loader = build_detection_train_loader(cfg, mapper=mapper)
     """
 
     def __init__(
@@ -83,7 +88,7 @@ class FastMapper:
         self.image_format = image_format
         self.keep_crowd = keep_crowd
         mode = "training" if is_train else "inference"
-        logger.info("Augmentations in %s: %s", mode, list(augmentations))
+        logger.debug("Augmentations in %s: %s", mode, list(augmentations))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:

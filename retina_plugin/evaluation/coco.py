@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,11 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             "output_dir": output_dir,
         }
 
+    def evaluate(self, img_ids: Sequence[int] | None = None) -> Any:
+        """Detectron2's; what pycocotools prints is logged as a detail instead."""
+        with _log_prints():
+            return super().evaluate(img_ids)
+
 
 @EVALUATOR_REGISTRY.register()
 class FastCOCOEvaluator(Detectron2COCOEvaluator):
@@ -70,6 +77,10 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         output_dir: folder that the detections are written to; None to write none.
         distributed: collect the detections of all processes.
         max_dets_per_image: how many detections of an image count, by score; None for COCO's 100.
+
+    Example::
+
+        inference_on_dataset(model, loader, FastCOCOEvaluator("coco_2017_val"))["bbox"]["AP"]
     """
 
     def __init__(
@@ -103,23 +114,23 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         """
         for record, output in zip(inputs, outputs):
             if "proposals" in output:
-                self._refuse("proposals")
+                self._raise_unsupported("proposals")
             if "instances" in output:
                 self._predictions.append(self._detections(record["image_id"], output["instances"]))
 
     def _detections(self, image_id: int | str, instances: Instances) -> Detections:
         for field in ("pred_masks", "pred_keypoints"):
             if instances.has(field):
-                self._refuse(field)
+                self._raise_unsupported(field)
         boxes = instances.pred_boxes.tensor.cpu().numpy().copy()
         boxes[:, 2:] -= boxes[:, :2]
         # float64, as in the JSON file: it represents every float32 and bfloat16
         scores = instances.scores.cpu().double().numpy()
         return Detections(image_id, boxes, scores, instances.pred_classes.cpu().numpy())
 
-    def _refuse(self, what: str) -> None:
+    def _raise_unsupported(self, what: str) -> None:
         raise ConfigError(
-            f"TEST.EVALUATOR FastCOCOEvaluator evaluates boxes, but the model gives {what}: "
+            f"TEST.EVALUATOR FastCOCOEvaluator evaluates boxes, but the model predicts {what}: "
             "set TEST.EVALUATOR COCOEvaluator"
         )
 
@@ -153,7 +164,8 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
             return {}
         summary = None
         if any(len(p.scores) for p in predictions):
-            summary = self._summarize(predictions, category_ids, img_ids)
+            with _log_prints():
+                summary = self._summarize(predictions, category_ids, img_ids)
         names = self._metadata.get("thing_classes")
         return OrderedDict(bbox=self._derive_coco_results(summary, "bbox", class_names=names))
 
@@ -178,7 +190,7 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         images = (p.encode(category_ids) for p in predictions if len(p.scores))
         with PathManager.open(path, "w") as file:
             file.write(f"[{', '.join(images)}]")
-        logger.info("Detections written to %s", path)
+        logger.debug("Detections written to %s", path)
 
     def _summarize(
         self,
@@ -193,12 +205,12 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
                 f"detections of image {min(unknown, key=str)}, which is not in the annotations of "
                 f"{self._dataset_name}: images and annotation file do not belong together"
             )
-        reason = self._pycocotools_reason(predictions)
+        reason = self._fallback_reason(predictions)
         if reason is None:
             assert hotcoco is not None
-            logger.info("Evaluating with hotcoco %s", hotcoco.__version__)
+            logger.debug("Evaluating with hotcoco %s", hotcoco.__version__)
             return self._run_hotcoco(as_rows(predictions, category_ids), img_ids)
-        logger.info("Evaluating with pycocotools: %s", reason)
+        logger.debug("Evaluating with pycocotools: %s", reason)
         return _evaluate_predictions_on_coco(
             self._coco_api,
             list(itertools.chain(*(p.to_json(category_ids) for p in predictions))),
@@ -208,7 +220,7 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
             max_dets_per_image=self._max_dets_per_image,
         )
 
-    def _pycocotools_reason(self, predictions: list[Detections]) -> str | None:
+    def _fallback_reason(self, predictions: list[Detections]) -> str | None:
         """Why hotcoco is not available, or would differ from pycocotools; None if it is used."""
         if hotcoco is None:
             return "`import hotcoco` fails, pip install 'retina_plugin[fast]' for 50x the speed"
@@ -244,6 +256,15 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         summary.eval = fast.eval
         summary.summarize()
         return summary
+
+
+@contextlib.contextmanager
+def _log_prints() -> Iterator[None]:
+    """Log what pycocotools prints, at debug level."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        yield
+    if printed.getvalue():
+        logger.debug("pycocotools:\n%s", printed.getvalue().rstrip())
 
 
 def _boxes_only(truth: COCO) -> dict[str, Any]:

@@ -208,7 +208,7 @@ def test_dataset_without_a_coco_file(tmp_path, caplog):
     """A dataset in Detectron2's format: the metrics equal COCOEvaluator's."""
     DatasetCatalog.register(NAME, records_in_detectron2_format)
     MetadataCatalog.get(NAME).set(thing_classes=[f"class {c}" for c in CATEGORIES])
-    caplog.set_level("INFO", "retina_plugin")
+    caplog.set_level("DEBUG", "retina_plugin")
     annotations = ground_truth()[::2]
     shifted = detections(annotations, np.linspace(0.1, 1, len(annotations)).tolist(), shift=2.0)
     results = []

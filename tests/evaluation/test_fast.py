@@ -119,7 +119,7 @@ def assert_equal(results, expected):
 @pytest.mark.parametrize("options", [{}, {"max_dets_per_image": 5}, {"max_dets_per_image": 300}])
 def test_metrics_equal_detectron2s(dataset, caplog, ties, options):
     """Every metric of every class on random scenes, computed by hotcoco."""
-    caplog.set_level(logging.INFO, "retina_plugin")
+    caplog.set_level(logging.DEBUG, "retina_plugin")
     for seed in range(8):
         contents, detections = scenes(seed, ties=ties)
         dataset(contents)
@@ -233,7 +233,7 @@ def test_falls_back_to_pycocotools(dataset, monkeypatch, caplog, change, reason)
     contents, detections = scenes(2)
     change(monkeypatch, contents, detections)
     dataset(contents)
-    caplog.set_level(logging.INFO, "retina_plugin")
+    caplog.set_level(logging.DEBUG, "retina_plugin")
     results = evaluator_of(FastCOCOEvaluator, detections).evaluate()
     assert f"Evaluating with pycocotools: {reason}" in caplog.text
     assert_equal(results, evaluator_of(COCOEvaluator, detections).evaluate())
@@ -259,7 +259,7 @@ def test_fields_that_hotcoco_rejects_do_not_matter(dataset, caplog, odd):
         else:
             contents[key][0] |= value
     dataset(contents)
-    caplog.set_level(logging.INFO, "retina_plugin")
+    caplog.set_level(logging.DEBUG, "retina_plugin")
     results = evaluator_of(FastCOCOEvaluator, detections).evaluate()
     assert "Evaluating with hotcoco" in caplog.text
     assert_equal(results, evaluator_of(COCOEvaluator, detections).evaluate())
