@@ -138,8 +138,8 @@ def run_case(case: Case, rounds: int, device: str) -> list[Result]:
 def clock(device: str) -> str:
     """Which clock ratios are computed from.
 
-    CPU time does not see other programs of the machine. It adds up over threads, so that with
-    several of them, and on a GPU, only the wall clock says how fast something is.
+    CPU time does not count other programs that run on the machine. But it is the sum over threads,
+    and it does not count a GPU's work. In these cases the wall clock is used.
     """
     return CLOCKS[0] if device == "cpu" and torch.get_num_threads() == 1 else CLOCKS[1]
 

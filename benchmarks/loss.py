@@ -129,7 +129,7 @@ def _classification_case(device: str, dtype: torch.dtype, levels: Levels) -> Cas
 
     overwritten: list[Tensor] = []
 
-    def copy_logits() -> None:  # each run in place overwrites its logits, which can't be leaves
+    def copy_logits() -> None:  # a run in place overwrites them; autograd forbids it for leaves
         overwritten[:] = [x.clone() for x in logits]
 
     implementations = {

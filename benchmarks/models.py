@@ -79,8 +79,8 @@ def train_step(
 def _training_step(
     name: str, model: nn.Module, batch: Records, device: str
 ) -> Callable[[], dict[str, torch.Tensor]]:
-    # Detectron2 logs a number of every iteration, and on a GPU synchronises for it. Ours does so
-    # in every 20th iteration, which the median of few rounds leaves out.
+    # The event storage has the iteration, because logging is part of a step: Detectron2 logs in
+    # every iteration, which synchronises with a GPU; ours in every 20th.
     iteration = itertools.count()
 
     def run() -> dict[str, torch.Tensor]:
