@@ -1,6 +1,6 @@
 """``python -m benchmarks``."""
 
-from benchmarks.benchmark import main
+from benchmarks.command import main
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,11 @@
-"""The benchmark's contests of the two losses: forward and backward from the head's raw output."""
+"""The two losses: forward and backward from the raw output of the head."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,59 +18,68 @@ from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor
 from torchvision.models.detection import retinanet as torchvision_retinanet
 
-from benchmarks.cases import (
+from benchmarks.case import Case
+from benchmarks.inputs import (
     LEVELS,
     TRANSFORM,
     A,
-    Contest,
     K,
     Levels,
-    agree,
     anchors_of,
+    assert_near,
     boxes_in_image,
 )
-from retina_plugin.losses import DenseTargets, FocalLoss, dense_classification_loss
-from retina_plugin.losses.backends import native
+from retina_plugin.errors import ConfigError
+from retina_plugin.losses import (
+    DenseTargets,
+    FocalLoss,
+    check_backend,
+    dense_classification_loss,
+)
 from retina_plugin.losses.regression import SmoothL1
+from retina_plugin.modeling import AnchorLabeler, AnchorMatcher
 from retina_plugin.modeling.box_regression import BoxTransform, box_loss_sums
-from retina_plugin.modeling.labeling import AnchorLabeler
-from retina_plugin.modeling.matcher import AnchorMatcher
 
 __all__ = ["loss"]
 
+N = 2  # images
 
-def loss(device: str, levels: Levels = LEVELS) -> Iterator[Contest]:
-    """Forward and backward of both losses from the raw output of the head."""
+
+def loss(device: str, levels: Levels = LEVELS) -> Iterator[Case]:
+    """The classification loss in two precisions, and the box loss."""
     for dtype in (torch.float32, torch.bfloat16):
-        yield classification(device, dtype, levels)
-    yield box_regression(device, levels)
+        yield _classification_case(device, dtype, levels)
+    yield _box_case(device, levels)
 
 
-def targets_of(device: str, levels: Levels, num_images: int = 2, boxes: int = 20) -> DenseTargets:
+def _targets(device: str, levels: Levels, num_boxes: int = 20) -> DenseTargets:
     generator = torch.Generator().manual_seed(0)
     labeler = AnchorLabeler(AnchorMatcher((0.4, 0.5), (0, -1, 1)), K)
-    gt = [boxes_in_image(boxes, generator, device) for _ in range(num_images)]
-    classes = [torch.randint(K, (boxes,), generator=generator).to(device) for _ in gt]
+    gt = [boxes_in_image(num_boxes, generator, device) for _ in range(N)]
+    classes = [torch.randint(K, (num_boxes,), generator=generator).to(device) for _ in gt]
     return labeler(Boxes.cat(anchors_of(device, levels)).tensor, gt, classes)
 
 
-def classification(device: str, dtype: torch.dtype, levels: Levels) -> Contest:
+def _classification_case(device: str, dtype: torch.dtype, levels: Levels) -> Case:
     torch.manual_seed(0)
-    N, targets = 2, targets_of(device, levels)
+    targets = _targets(device, levels)
     logits = [
         (torch.randn(N, A * K, h, w, device=device) - 4).to(dtype).requires_grad_()
         for h, w in levels
     ]
     R = sum(h * w * A for h, w in levels)
-    labels_NR = torch.full((N, R), K, device=device)
-    labels_NR[targets.positive_image, targets.positive_anchor] = targets.positive_class
-    labels_NR[targets.ignored_image, targets.ignored_anchor] = -1
     normalizer = max(len(targets.positive_anchor), 1)
     factor_N = torch.full((N,), 1 / normalizer, device=device)
 
-    def finish(total: Tensor, inputs: list[Tensor] = logits) -> tuple[Tensor, list[Tensor]]:
+    def loss_and_gradients(total: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The gradients of the first and the last level: the others would take gigabytes."""
         grads = torch.autograd.grad(total, inputs)
         return total.detach(), [grads[0], grads[-1]]
+
+    # Detectron2's labels: K for background, -1 for ignored
+    labels_NR = torch.full((N, R), K, device=device)
+    labels_NR[targets.positive_image, targets.positive_anchor] = targets.positive_class
+    labels_NR[targets.ignored_image, targets.ignored_anchor] = -1
 
     def detectron2() -> Any:  # the lines of RetinaNet.losses
         flat = [permute_to_N_HWA_K(x, K) for x in logits]
@@ -78,27 +88,28 @@ def classification(device: str, dtype: torch.dtype, levels: Levels) -> Contest:
         total = sigmoid_focal_loss_jit(
             cat(flat, dim=1)[valid], onehot.to(dtype), alpha=0.25, gamma=2.0, reduction="sum"
         )
-        return finish(total / normalizer)
+        return loss_and_gradients(total / normalizer, logits)
 
+    # torchvision's labels are indices of boxes, -1 for background, -2 for ignored. With one box a
+    # class, the index is the class.
     matched_NR = torch.where(labels_NR == K, -1, torch.where(labels_NR < 0, -2, labels_NR))
-    classes_are_boxes = [{"labels": torch.arange(K, device=device)}]
+    one_box_a_class = [{"labels": torch.arange(K, device=device)}]
     head = torchvision_retinanet.RetinaNetClassificationHead(8, A, K)
-
     positives_N = targets.num_positives_N().clamp(min=1)
 
     def torchvision() -> Any:
-        # it divides image by image; its divisor is taken out again, so that all sum the same
+        # it divides by each image's positives: multiply, so that all divide by the same number
         flat = torch.cat([permute_to_N_HWA_K(x, K) for x in logits], dim=1)
         total = sum(
-            head.compute_loss(classes_are_boxes, {"cls_logits": [x]}, [matched]) * positives
+            head.compute_loss(one_box_a_class, {"cls_logits": [x]}, [matched]) * positives
             for x, matched, positives in zip(flat, matched_NR, positives_N)
         )
-        return finish(total / normalizer)
+        return loss_and_gradients(total / normalizer, logits)
 
-    def ours(backend: str, from_head: list[Tensor], in_place: bool = False) -> Callable[[], Any]:
+    def ours(backend: str, inputs: list[Tensor], in_place: bool = False) -> Callable[[], Any]:
         def run() -> Any:
             out = dense_classification_loss(
-                from_head,
+                inputs,
                 targets,
                 FocalLoss(0.25, 2.0),
                 K,
@@ -106,7 +117,7 @@ def classification(device: str, dtype: torch.dtype, levels: Levels) -> Contest:
                 expected_grad_N=factor_N,
                 in_place=in_place,
             )
-            return finish((out.total * factor_N).sum(), from_head)
+            return loss_and_gradients((out.total * factor_N).sum(), inputs)
 
         return run
 
@@ -118,48 +129,53 @@ def classification(device: str, dtype: torch.dtype, levels: Levels) -> Contest:
 
     overwritten: list[Tensor] = []
 
-    def head_output() -> None:  # no leaves, and new ones for each run
+    def copy_logits() -> None:  # a run in place overwrites them; autograd forbids it for leaves
         overwritten[:] = [x.clone() for x in logits]
 
-    fastest = "native" if device == "cpu" else "triton"
-    contenders = {
+    implementations = {
         "detectron2": detectron2,
         "torchvision": torchvision,
         "ours, eager": ours("eager", logits),
-        f"ours, {fastest}": ours(fastest, logits),
-        f"ours, {fastest} in place": ours(fastest, overwritten, in_place=True),
-        "limit": limit,
     }
-    prepare = {f"ours, {fastest} in place": head_output}
-    if device == "cpu" and native.unavailable():
-        for name in [name for name in contenders if "native" in name]:
-            del contenders[name]
-    name = f"classification, 2 x {R:,} anchors, K = {K}, {str(dtype)[6:]}"
-    return Contest("loss", name, contenders, functools.partial(same_loss, dtype), prepare=prepare)
+    prepare = {}
+    kernel = "native" if device == "cpu" else "triton"
+    try:
+        check_backend(kernel)
+    except ConfigError as error:
+        print(f"left out of the benchmark: {error}", file=sys.stderr)
+    else:
+        in_place = f"ours, {kernel} in place"
+        implementations[f"ours, {kernel}"] = ours(kernel, logits)
+        implementations[in_place] = ours(kernel, overwritten, in_place=True)
+        prepare[in_place] = copy_logits
+    implementations["limit"] = limit
+    name = f"classification, {N} x {R:,} anchors, K = {K}, {str(dtype)[6:]}"
+    check = functools.partial(_same_loss, dtype)
+    return Case("loss", name, implementations, check, prepare=prepare)
 
 
-def same_loss(dtype: torch.dtype, results: dict[str, Any]) -> str:
-    """Losses and gradients of the first and the last level against Detectron2's.
+def _same_loss(dtype: torch.dtype, results: dict[str, Any]) -> str:
+    """Losses, and gradients of the first and the last level, against Detectron2's.
 
-    Detectron2's arithmetic is float32 for 16-bit logits too, as ours; torchvision's is 16 bit then,
-    where 1 - p_t of small p is rounding: it is held to 1 % of the loss and of the largest gradient.
+    For 16-bit logits Detectron2 and ours compute in float32. torchvision computes in 16 bit, where
+    1 - p_t of a small p is lost to rounding: its tolerance is 1 % of the loss and of the largest
+    gradient.
     """
     total, grads = results["detectron2"]
-    half = dtype != torch.float32
+    is_16_bit = dtype != torch.float32
     for name, result in results.items():
         if name == "limit":
             continue
-        coarse = half and name == "torchvision"
-        agree(result[0], total, 1e-2 if coarse else 1e-5)
-        for got, expected in zip(result[1], grads):
-            largest = expected.abs().max().item()
-            # two values of bfloat16 side by side are up to 2 ** -7 apart
-            rtol = 2**-7 if half else 0.0
-            atol = (1e-2 if coarse else 1e-5) * largest
-            # not assert_close, which takes seconds and gigabytes for so many
+        tolerance = 1e-2 if is_16_bit and name == "torchvision" else 1e-5
+        assert_near(result[0], total, tolerance)
+        for actual, expected in zip(result[1], grads):
+            # neighbouring values of bfloat16 are up to 2 ** -7 apart
+            rtol = 2**-7 if is_16_bit else 0.0
+            atol = tolerance * expected.abs().max().item()
+            # assert_close would take seconds and gigabytes for so many values
             bound = expected.float().abs().mul_(rtol).add_(atol)
-            assert bool(((got.float() - expected.float()).abs_() <= bound).all()), name
-    if half:
+            assert bool(((actual.float() - expected.float()).abs_() <= bound).all()), name
+    if is_16_bit:
         return (
             "loss within 1e-5 of Detectron2's, gradients within one step of bfloat16; "
             "torchvision's, which computes in 16 bit, within 1e-2"
@@ -167,9 +183,9 @@ def same_loss(dtype: torch.dtype, results: dict[str, Any]) -> str:
     return "loss within 1e-5 of Detectron2's, gradients within 1e-5 of the largest"
 
 
-def box_regression(device: str, levels: Levels) -> Contest:
+def _box_case(device: str, levels: Levels) -> Case:
     torch.manual_seed(0)
-    N, targets, anchors = 2, targets_of(device, levels), anchors_of(device, levels)
+    targets, anchors = _targets(device, levels), anchors_of(device, levels)
     deltas = [torch.randn(N, A * 4, h, w, device=device).requires_grad_() for h, w in levels]
     anchors_R4 = Boxes.cat(anchors).tensor
     positive_NR = torch.zeros(N, len(anchors_R4), dtype=torch.bool, device=device)
@@ -178,26 +194,27 @@ def box_regression(device: str, levels: Levels) -> Contest:
     boxes_NR4[targets.positive_image, targets.positive_anchor] = targets.positive_gt_box
     box_loss, transform = SmoothL1(beta=0.1), BoxTransform(TRANSFORM.weights)
 
-    def finish(total: Tensor) -> tuple[Tensor, Any]:
+    def loss_and_gradients(total: Tensor) -> tuple[Tensor, Any]:
         return total.detach(), torch.autograd.grad(total, deltas)
 
     def detectron2() -> Any:
         flat = [permute_to_N_HWA_K(x, 4) for x in deltas]
-        return finish(
+        return loss_and_gradients(
             _dense_box_regression_loss(
                 anchors, TRANSFORM, flat, list(boxes_NR4), positive_NR, smooth_l1_beta=0.1
             )
         )
 
     def ours() -> Any:
-        fresh = dataclasses.replace(targets)  # which has not yet looked for its positives
-        return finish(box_loss_sums(box_loss, transform, anchors_R4, deltas, fresh).sum())
+        uncached = dataclasses.replace(targets)  # targets keep the list of positives once made
+        total = box_loss_sums(box_loss, transform, anchors_R4, deltas, uncached).sum()
+        return loss_and_gradients(total)
 
     def check(results: dict[str, Any]) -> str:
-        agree(results["ours"][0], results["detectron2"][0], 1e-6)
-        for got, expected in zip(results["ours"][1], results["detectron2"][1]):
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        assert_near(results["ours"][0], results["detectron2"][0], 1e-6)
+        for actual, expected in zip(results["ours"][1], results["detectron2"][1]):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
         return "loss within 1e-6, gradients within 1e-5"
 
     name = f"box, {len(targets.positive_anchor)} positives"
-    return Contest("loss", name, {"detectron2": detectron2, "ours": ours}, check)
+    return Case("loss", name, {"detectron2": detectron2, "ours": ours}, check)

@@ -24,7 +24,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.file_io import PathHandler, PathManager
 from torch import Tensor, nn
 
-from retina_plugin.cache import cache_root, written_whole
+from retina_plugin.cache import atomic_write, cache_root
 from retina_plugin.config import add_retina_config
 from retina_plugin.data import digits
 from retina_plugin.modeling.backbone import build_retina_fpn_backbone
@@ -114,7 +114,7 @@ def _write(path: Path, state: dict[str, Tensor]) -> None:
         "__author__": "retina_plugin",
         "matching_heuristics": False,  # names are the detector's own
     }
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         part.write_bytes(pickle.dumps(checkpoint))
         part.chmod(0o644)  # whatever the umask: the cache may be shared
 

@@ -1,4 +1,4 @@
-"""Datasets that the package brings (importing this registers them) and what reads their records."""
+"""The embedded dataset, which importing this registers, and the dataset mappers."""
 
 from . import digits
 from .mapper import DATASET_MAPPER_REGISTRY, DatasetMapper, FastMapper

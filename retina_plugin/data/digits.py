@@ -1,10 +1,10 @@
-"""An embedded detection set: real handwritten digits on real photos, no download.
+"""An embedded detection dataset: real handwritten digits on real photos, without a download.
 
-scikit-learn ships 1797 handwritten digits (8x8, the UCI test set) and two photos. Digits are
-enlarged, coloured and laid over random crops of the photos; the boxes are the ink's. Digits are
-split before anything is composed: no digit image is in two of train, dev (to choose settings on)
-and val (to report). The same seed gives the same scenes; they are written once to a cache folder,
-in COCO format.
+scikit-learn ships 1797 handwritten digits (8x8 pixels, the UCI test set) and two photos. Digits are
+enlarged, coloured and drawn over random crops of the photos; a box is the extent of a digit's ink.
+The digits are split first, so that no digit is in two of train, dev (to choose settings) and val
+(to report). The same seed gives the same scenes. They are written once, in COCO format, to a folder
+in the cache.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -28,14 +30,17 @@ __all__ = ["CLASSES", "SceneSpec", "compose_scene", "prepare", "register"]
 
 CLASSES = [str(d) for d in range(10)]
 
+# an image (S, S, 3) BGR uint8, and the box XYWH and class of each digit
+Scene = tuple[np.ndarray, list[tuple[list[int], int]]]
+
 logger = logging.getLogger("retina_plugin")
 
-_VERSION = 2  # of the way scenes are composed: raise it whenever the pixels change
+_VERSION = 2  # of the code that composes scenes: raise it when pixels change
 
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """What the scenes look like. Lengths in pixels."""
+    """What the scenes look like. Lengths are in pixels."""
 
     image_size: int = 160
     num_train: int = 3000
@@ -43,16 +48,17 @@ class SceneSpec:
     num_val: int = 200
     min_digits: int = 1
     max_digits: int = 6
-    min_side: int = 18  # of a digit's box, the longer side
+    min_side: int = 18  # longer side of a digit's box
     max_side: int = 90
-    max_overlap: float = 0.05  # of the smaller of two boxes
-    min_contrast: float = 60.0  # grey levels between the ink and the mean of what it covers
+    max_overlap: float = 0.05  # of two boxes, as a share of the smaller one's area
+    min_contrast: float = 60.0  # grey levels between the ink and the mean of the pixels under it
     num_dev_digits: int = 200  # of the 1797
     num_val_digits: int = 500
     seed: int = 0
 
     @property
     def digest(self) -> str:
+        """Eight hexadecimal characters that identify the scenes, for the folder's name."""
         text = json.dumps([_VERSION, asdict(self)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -61,14 +67,14 @@ SPEC = SceneSpec()
 
 
 def dataset_root(spec: SceneSpec = SPEC) -> Path:
-    """Where the scenes of ``spec`` are, or will be once :func:`prepare` has been called."""
+    """The folder that :func:`prepare` writes the scenes of ``spec`` to."""
     return cache_root() / f"digits_scenes-{spec.digest}"
 
 
 def prepare(spec: SceneSpec = SPEC) -> Path:
-    """Write the scenes unless they are there, and return their folder.
+    """Write the scenes if they are not there yet, and return their folder.
 
-    The folder appears whole or not at all, so several processes may call this at once.
+    The folder appears completely or not at all, so several processes may call this at once.
 
     Raises:
         ModuleNotFoundError: without scikit-learn, which the extra ``demo`` installs.
@@ -95,10 +101,10 @@ def prepare(spec: SceneSpec = SPEC) -> Path:
                 for _ in range(num_images)
             )
             _write_coco(partial, split, scenes)
-        partial.chmod(0o755)  # mkdtemp's is the user's alone, and the cache may be shared
+        partial.chmod(0o755)  # mkdtemp's folder is private, but the cache may be shared
         partial.rename(root)
     except OSError:
-        if not root.is_dir():  # else another process was faster
+        if not root.is_dir():  # otherwise another process was faster
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -106,7 +112,7 @@ def prepare(spec: SceneSpec = SPEC) -> Path:
 
 
 def _sources() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """(1797, 8, 8) float ink in [0, 1], (1797,) labels, two BGR photos."""
+    """(1797, 8, 8) ink in [0, 1], (1797,) labels, two BGR photos."""
     try:
         from sklearn.datasets import load_digits, load_sample_images  # the extra "demo"
     except ModuleNotFoundError:
@@ -126,28 +132,28 @@ def compose_scene(
     labels: np.ndarray,
     photos: list[np.ndarray],
     spec: SceneSpec,
-) -> tuple[np.ndarray, list[tuple[list[int], int]]]:
-    """One scene.
+) -> Scene:
+    """Draw random digits on a random crop of a photo.
 
     Args:
-        rng: source of every random choice.
-        digits, labels: (D, 8, 8) ink in [0, 1] and (D,) classes to draw from.
+        rng: makes every random choice.
+        digits, labels: the digits to choose from, (D, 8, 8) ink in [0, 1], and their classes (D,).
         photos: BGR uint8.
         spec: sizes and limits.
 
     Returns:
-        (image_size, image_size, 3) BGR uint8, and for each digit its box XYWH and class.
+        The image (image_size, image_size, 3) BGR uint8, and the box XYWH and class of each digit.
     """
     size = spec.image_size
     image = _background(rng, photos, size).astype(np.float32)
     objects: list[tuple[list[int], int]] = []
     for _ in range(int(rng.integers(spec.min_digits, spec.max_digits + 1))):
         which = int(rng.integers(len(digits)))
-        # log-uniform: as many objects between 18 and 40 px as between 40 and 90 px
+        # log-uniform: as many digits between 18 and 40 pixels as between 40 and 90
         side = float(np.exp(rng.uniform(np.log(spec.min_side), np.log(spec.max_side))))
         ink = _enlarge(digits[which], side)
         h, w = ink.shape
-        for _ in range(20):  # places to try; a crowded scene just gets fewer digits
+        for _ in range(20):  # attempts to find a free place; otherwise the digit is left out
             x, y = int(rng.integers(size - w + 1)), int(rng.integers(size - h + 1))
             if all(_overlap((x, y, w, h), box) <= spec.max_overlap for box, _ in objects):
                 under = image[y : y + h, x : x + w]
@@ -168,8 +174,8 @@ def _background(rng: np.random.Generator, photos: list[np.ndarray], size: int) -
 
 
 def _enlarge(digit: np.ndarray, side: float) -> np.ndarray:
-    """The digit's ink as opacity in [0, 1], cut to its box, whose longer side is ``side``."""
-    scale = 16  # find the ink's box at a fine resolution first, so that boxes are tight
+    """The digit's ink as opacity in [0, 1], cropped to the ink; the longer side is ``side``."""
+    scale = 16  # find the extent of the ink at a fine resolution, so that boxes are tight
     fine = cv2.resize(digit.astype(np.float32), None, fx=scale, fy=scale)
     ys, xs = np.where(fine > 0.3)
     fine = fine[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
@@ -182,7 +188,7 @@ def _enlarge(digit: np.ndarray, side: float) -> np.ndarray:
 def _colour(
     rng: np.random.Generator, under: np.ndarray, ink: np.ndarray, min_contrast: float
 ) -> np.ndarray:
-    """A random BGR colour that differs enough in brightness from what it covers to be seen."""
+    """A random BGR colour whose brightness differs enough from the pixels under the ink."""
     brightness = np.array([0.114, 0.587, 0.299], dtype=np.float32)
     covered = float((under @ brightness * ink).sum() / ink.sum())
     while True:
@@ -198,11 +204,12 @@ def _overlap(a: tuple[int, int, int, int], b: list[int]) -> float:
     return max(w, 0) * max(h, 0) / min(a[2] * a[3], b[2] * b[3])
 
 
-def _write_coco(root: Path, split: str, scenes) -> None:
+def _write_coco(root: Path, split: str, scenes: Iterable[Scene]) -> None:
+    """Write the images of a split and their annotations, ``{split}.json``."""
     folder = root / split
     folder.mkdir()
-    images: list[dict] = []
-    annotations: list[dict] = []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index, (image, objects) in enumerate(scenes, start=1):
         name = f"{index:06d}.png"
         if not cv2.imwrite(str(folder / name), image):
@@ -213,7 +220,7 @@ def _write_coco(root: Path, split: str, scenes) -> None:
         for (x, y, w, h), label in objects:
             annotations.append(
                 {
-                    "id": len(annotations) + 1,  # COCO's evaluation takes 0 for "no match"
+                    "id": len(annotations) + 1,  # not 0: pycocotools reads it as "no match"
                     "image_id": index,
                     "category_id": label + 1,
                     "bbox": [x, y, w, h],
@@ -232,14 +239,16 @@ def _write_coco(root: Path, split: str, scenes) -> None:
 
 
 def register() -> None:
-    """Register ``digits_scenes_{train,dev,val}``; they are written at first use."""
+    """Register ``digits_scenes_{train,dev,val}``, which are written when they are first loaded."""
     for split in ("train", "dev", "val"):
         name = f"digits_scenes_{split}"
         if name in DatasetCatalog:
             continue
         json_file, image_root = dataset_root() / f"{split}.json", dataset_root() / split
 
-        def load(json_file: Path = json_file, image_root: Path = image_root, name: str = name):
+        def load(
+            json_file: Path = json_file, image_root: Path = image_root, name: str = name
+        ) -> list[dict[str, Any]]:
             prepare()
             return load_coco_json(str(json_file), str(image_root), name)
 

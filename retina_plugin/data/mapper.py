@@ -1,4 +1,4 @@
-"""What turns a dataset's record into a model's input, chosen by ``INPUT.MAPPER``."""
+"""Mappers from a dataset's record to a model's input, chosen by ``INPUT.MAPPER``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper as Detectron2DatasetMapper
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
@@ -20,53 +21,58 @@ from retina_plugin.registry import ComponentRegistry
 
 __all__ = ["DATASET_MAPPER_REGISTRY", "DatasetMapper", "FastMapper"]
 
-# Entries are callables record -> record; from_config(cfg, is_train).
+# Entries are callables from record to record, with from_config(cfg, is_train).
 DATASET_MAPPER_REGISTRY = ComponentRegistry("INPUT.MAPPER")
 
-# What FastMapper doesn't read, and Detectron2's mapper does.
-_NOT_BOXES = ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS")
+# What Detectron2's mapper reads and FastMapper does not.
+_UNSUPPORTED = ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS")
 
 logger = logging.getLogger("retina_plugin")
 
 
 @DATASET_MAPPER_REGISTRY.register()
 class DatasetMapper(Detectron2DatasetMapper):
-    """Detectron2's mapper as it is: Pillow, masks and keypoints too; crowd boxes are dropped."""
+    """Detectron2's mapper, unchanged. It uses Pillow, reads masks and keypoints, drops crowds."""
 
     @classmethod
-    def from_config(cls, cfg: Any, is_train: bool = True) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Detectron2's arguments.
 
         Raises:
-            ConfigError: ``IGNORE_IOF_THRESH`` asks for the crowd boxes that this mapper drops, or
-                there is no such ``INPUT.FORMAT``.
+            ConfigError: ``IGNORE_IOF_THRESH`` is set, but this mapper drops crowd boxes; or
+                ``INPUT.FORMAT`` is unknown.
         """
         check_format(cfg.INPUT.FORMAT)
         if is_train and cfg.MODEL.RETINANET.IGNORE_IOF_THRESH is not None:
             raise ConfigError(
                 "MODEL.RETINANET.IGNORE_IOF_THRESH needs crowd boxes, which INPUT.MAPPER "
-                "DatasetMapper drops: set INPUT.MAPPER FastMapper or IGNORE_IOF_THRESH None"
+                "DatasetMapper drops: set INPUT.MAPPER FastMapper, or IGNORE_IOF_THRESH None"
             )
         return super().from_config(cfg, is_train)
 
 
 @DATASET_MAPPER_REGISTRY.register()
 class FastMapper:
-    """Detectron2's mapper for boxes in a fraction of the time: the same records, the same draws.
+    """Detectron2's mapper for boxes, in a third of the time.
 
-    The augmentations are Detectron2's own, so the same seed gives the same sizes, crops and flips,
-    and boxes are the same to the bit. Only two pieces of pixel work differ: JPEGs are decoded by
-    OpenCV (:func:`read_image`: equal pixels) and images are resized by torch
-    (:class:`FastResize`: almost always equal, 2 levels apart at most).
+    The augmentations are Detectron2's own: the same seed gives the same sizes, crops and flips, and
+    boxes are equal to the bit. Pixels are computed in two other ways. OpenCV decodes JPEGs
+    (:func:`read_image`: equal pixels), and torch resizes images (:class:`FastResize`: almost all
+    pixels are equal, the others differ by 1 or 2 of 255).
 
     Peer: ``detectron2.data.DatasetMapper``.
 
     Args:
-        is_train: give ``instances``; else annotations are dropped.
-        augmentations: Detectron2's augmentations or transforms, in their order.
-        image_format: of the image that is given, as Detectron2 has it ("BGR", "RGB", ...).
-        keep_crowd: keep crowd boxes too and mark them in ``instances.gt_ignore`` (bool, one a
-            box), for a detector that ignores what lies in them. Otherwise they are dropped.
+        is_train: whether records get ``instances``; in inference annotations are dropped.
+        augmentations: Detectron2's augmentations or transforms, in this order.
+        image_format: format of the returned image in Detectron2's terms: "BGR", "RGB", ...
+        keep_crowd: keep crowd boxes and mark them in ``instances.gt_iscrowd`` (bool, one a box),
+            so that the detector can ignore anchors in them. False drops crowd boxes.
+
+    Example::
+
+        mapper = FastMapper(**FastMapper.from_config(cfg, is_train=True))
+        loader = build_detection_train_loader(cfg, mapper=mapper)
     """
 
     def __init__(
@@ -82,18 +88,18 @@ class FastMapper:
         self.image_format = image_format
         self.keep_crowd = keep_crowd
         mode = "training" if is_train else "inference"
-        logger.info("Augmentations in %s: %s", mode, list(augmentations))
+        logger.debug("Augmentations in %s: %s", mode, list(augmentations))
 
     @classmethod
-    def from_config(cls, cfg: Any, is_train: bool = True) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Augmentations and format of ``cfg.INPUT``, as Detectron2 reads them.
 
         Raises:
-            ConfigError: masks, keypoints or proposals are asked for, or an ``INPUT.FORMAT`` that
-                there is not.
+            ConfigError: the config asks for masks, keypoints or proposals, or ``INPUT.FORMAT`` is
+                unknown.
         """
         check_format(cfg.INPUT.FORMAT)
-        for key in _NOT_BOXES:
+        for key in _UNSUPPORTED:
             if cfg.MODEL[key]:
                 raise ConfigError(
                     f"MODEL.{key}: INPUT.MAPPER FastMapper reads boxes only; "
@@ -108,15 +114,15 @@ class FastMapper:
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """A new record with ``image`` (C, H, W) and, in training, ``instances`` of that size.
+        """A new record with ``image`` (C, H, W) and, in training, ``instances`` in its frame.
 
-        Nothing in it is shared with ``dataset_dict``, which stays as it is.
+        It shares no memory with ``dataset_dict``, which is not changed.
 
         Raises:
-            ConfigError: the image is missing or can't be read.
-            SizeMismatchError: it hasn't the width and height of the record (Detectron2's).
+            ConfigError: the image is missing or cannot be read.
+            SizeMismatchError: the image's size is not the record's (raised by Detectron2).
         """
-        # annotations are only read: copying them (polygons!) costs more than their boxes
+        # annotations are not copied: with polygons this would take longer than their boxes
         annotations = dataset_dict.get("annotations")
         record = copy.deepcopy({k: v for k, v in dataset_dict.items() if k != "annotations"})
         image = read_image(record["file_name"], self.image_format)
@@ -146,23 +152,23 @@ class FastMapper:
         instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
         if self.keep_crowd:
             crowd = [a.get("iscrowd", 0) != 0 for a in annotations]
-            instances.gt_ignore = torch.tensor(crowd, dtype=torch.bool)
+            instances.gt_iscrowd = torch.tensor(crowd, dtype=torch.bool)
         return detection_utils.filter_empty_instances(instances)
 
 
 def _transform_boxes(
     annotations: list[dict[str, Any]], transforms: T.TransformList, size: tuple[int, int]
 ) -> np.ndarray:
-    """(N, 4) XYXY boxes in the augmented image of ``size``, cut to it.
+    """(N, 4) boxes XYXY after the transforms, clipped to an image of ``size`` (height, width).
 
-    To the bit what Detectron2's ``transform_instance_annotations`` gives box by box: it adds width
-    and height in float32 and does the rest in float64.
+    Equal to Detectron2's ``transform_instance_annotations`` of each box, to the bit: corners are
+    computed in float32, everything else in float64.
     """
     boxes = [a["bbox"] for a in annotations]
     modes = {a["bbox_mode"] for a in annotations}
-    # Detectron2 rounds boxes of integers alone to integers, and arrays keep their own precision
-    usual = all(type(box) is list and float in map(type, box) for box in boxes)
-    if not usual or modes != {BoxMode.XYWH_ABS}:
+    # Detectron2 transforms a box of integers in integers, and an array in its own precision
+    is_float = all(type(box) is list and float in map(type, box) for box in boxes)
+    if not is_float or modes != {BoxMode.XYWH_ABS}:
         one_by_one = [
             detection_utils.transform_instance_annotations(
                 {"bbox": a["bbox"], "bbox_mode": a["bbox_mode"]}, transforms, size
@@ -177,9 +183,9 @@ def _transform_boxes(
 
 
 class _AugInput(T.AugInput):
-    """Detectron2's, but plain resizes are done by :class:`FastResize`."""
+    """Detectron2's ``AugInput``, which resizes with :class:`FastResize`."""
 
     def transform(self, tfm: T.Transform) -> None:
-        if type(tfm) is T.ResizeTransform:  # a subclass may mean something else
+        if type(tfm) is T.ResizeTransform:  # a subclass may do something else
             tfm = FastResize(tfm.h, tfm.w, tfm.new_h, tfm.new_w, tfm.interp)
         super().transform(tfm)

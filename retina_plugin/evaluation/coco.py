@@ -1,15 +1,18 @@
-"""COCO's numbers: Detectron2's evaluator, and the same numbers in a fiftieth of the time."""
+"""COCO's metrics: Detectron2's evaluator, and one with equal numbers in a fiftieth of the time."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.evaluation import COCOEvaluator as Detectron2COCOEvaluator
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets, _evaluate_predictions_on_coco
 from detectron2.structures import Instances
@@ -21,53 +24,63 @@ from pycocotools.cocoeval import COCOeval
 from retina_plugin.errors import ConfigError
 from retina_plugin.registry import ComponentRegistry
 
-from .detections import Detections, as_rows, optional
+from .detections import Detections, as_rows, optional_import
 
 __all__ = ["EVALUATOR_REGISTRY", "COCOEvaluator", "FastCOCOEvaluator"]
 
-# Entries are Detectron2 ``DatasetEvaluator``s; from_config(cfg, dataset_name, output_dir).
+# Entries are Detectron2 ``DatasetEvaluator``s with from_config(cfg, dataset_name, output_dir).
 EVALUATOR_REGISTRY = ComponentRegistry("TEST.EVALUATOR")
 
 logger = logging.getLogger("retina_plugin")
 
-
-hotcoco = optional("hotcoco")  # of the extra "fast"
+hotcoco = optional_import("hotcoco")  # of the extra "fast"
 
 
 @EVALUATOR_REGISTRY.register()
 class COCOEvaluator(Detectron2COCOEvaluator):
-    """Detectron2's COCO evaluator: AP over IoU .50:.95, AP50, AP75, APs, APm, APl, by class.
+    """Detectron2's COCO evaluator: AP over IoU .50:.95, AP50, AP75, APs, APm, APl, AP of a class.
 
-    It also writes ``coco_instances_results.json``; for a dataset without annotations, such as
-    test-dev, that file is the result: what the COCO server takes.
+    It also writes ``coco_instances_results.json``, the file that the COCO server takes. For a
+    dataset without annotations, such as test-dev, that file is the only result.
     """
 
     @classmethod
-    def from_config(cls, cfg: Any, dataset_name: str, output_dir: str) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, dataset_name: str, output_dir: str) -> dict[str, Any]:
         return {
             "dataset_name": dataset_name,
             "tasks": ("bbox",),
             "output_dir": output_dir,
         }
 
+    def evaluate(self, img_ids: Sequence[int] | None = None) -> Any:
+        """Detectron2's; what pycocotools prints is logged as a detail instead."""
+        with _log_prints():
+            return super().evaluate(img_ids)
+
 
 @EVALUATOR_REGISTRY.register()
 class FastCOCOEvaluator(Detectron2COCOEvaluator):
-    """:class:`COCOEvaluator` for boxes, whose matching is done by hotcoco where it is installed.
+    """:class:`COCOEvaluator` for boxes, with hotcoco's matching where it is installed.
 
-    All numbers are those of pycocotools to the last bit, and so are those in
-    ``coco_instances_results.json``. hotcoco gives the precision and recall arrays, pycocotools'
-    own code sums them up. Where hotcoco isn't there, or would not give pycocotools' numbers, it is
-    pycocotools that is run; the log says which one and why. Detections are kept as arrays, not as
-    a dict each, orjson writes them if it is there, and ``instances_predictions.pth``, which has
-    what the JSON file has, isn't written.
+    All metrics equal pycocotools' to the last bit, and ``coco_instances_results.json`` has the
+    same numbers. hotcoco computes the precision and recall arrays, and pycocotools' own code
+    summarizes them. Without hotcoco, or where its numbers would differ, pycocotools does all; the
+    log says which of the two ran, and why.
+
+    Detections are kept as arrays instead of one dict each, and orjson writes them if it is
+    installed. ``instances_predictions.pth`` is not written: it has what the JSON file has.
+
+    Peer: ``detectron2.evaluation.COCOEvaluator``.
 
     Args:
-        dataset_name: registered, in COCO format or in Detectron2's.
-        output_dir: where the detections are written; None: nowhere.
+        dataset_name: a registered dataset, in COCO's or Detectron2's format.
+        output_dir: folder that the detections are written to; None to write none.
         distributed: collect the detections of all processes.
-        max_dets_per_image: detections of an image that count, the best ones; None is COCO's 100.
-        use_fast: False for pycocotools in any case.
+        max_dets_per_image: how many detections of an image count, by score; None for COCO's 100.
+
+    Example::
+
+        inference_on_dataset(model, loader, FastCOCOEvaluator("coco_2017_val"))["bbox"]["AP"]
     """
 
     def __init__(
@@ -77,7 +90,6 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         *,
         distributed: bool = True,
         max_dets_per_image: int | None = None,
-        use_fast: bool = True,
     ) -> None:
         super().__init__(
             dataset_name,
@@ -88,52 +100,51 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
             use_fast_impl=False,
         )
         self._dataset_name = dataset_name
-        self._use_fast = use_fast
         self._predictions: list[Detections] = []
 
     @classmethod
-    def from_config(cls, cfg: Any, dataset_name: str, output_dir: str) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, dataset_name: str, output_dir: str) -> dict[str, Any]:
         return {"dataset_name": dataset_name, "output_dir": output_dir}
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
-        """Keep the ``instances`` of ``outputs``; ``inputs`` have the ``image_id``.
+        """Keep the ``instances`` of ``outputs``, each with the ``image_id`` of its input.
 
         Raises:
-            ConfigError: masks, keypoints or proposals are there, which would go unseen.
+            ConfigError: an output has masks, keypoints or proposals, which are not evaluated here.
         """
         for record, output in zip(inputs, outputs):
             if "proposals" in output:
-                self._refuse("proposals")
+                self._raise_unsupported("proposals")
             if "instances" in output:
                 self._predictions.append(self._detections(record["image_id"], output["instances"]))
 
-    def _detections(self, image_id: Any, instances: Instances) -> Detections:
+    def _detections(self, image_id: int | str, instances: Instances) -> Detections:
         for field in ("pred_masks", "pred_keypoints"):
             if instances.has(field):
-                self._refuse(field)
+                self._raise_unsupported(field)
         boxes = instances.pred_boxes.tensor.cpu().numpy().copy()
         boxes[:, 2:] -= boxes[:, :2]
-        # float64 has every float32 and bfloat16, and it is what the JSON file has
+        # float64, as in the JSON file: it represents every float32 and bfloat16
         scores = instances.scores.cpu().double().numpy()
         return Detections(image_id, boxes, scores, instances.pred_classes.cpu().numpy())
 
-    def _refuse(self, what: str) -> None:
+    def _raise_unsupported(self, what: str) -> None:
         raise ConfigError(
-            f"TEST.EVALUATOR FastCOCOEvaluator evaluates boxes, but the model gives {what}: "
+            f"TEST.EVALUATOR FastCOCOEvaluator evaluates boxes, but the model predicts {what}: "
             "set TEST.EVALUATOR COCOEvaluator"
         )
 
     def evaluate(self, img_ids: Sequence[int] | None = None) -> dict[str, dict[str, float]]:
-        """{"bbox": {"AP": ..., "AP50": ..., "AP-class": ...}} in percent, as Detectron2 gives it.
+        """{"bbox": {"AP": ..., "AP50": ..., "AP-class": ...}} in percent, as Detectron2 returns it.
 
-        Empty on all processes but the first, for a dataset without annotations, and if nothing was
-        processed; all NaN if nothing was detected.
+        Empty on all processes but the first, for a dataset without annotations, and if no image was
+        processed. All metrics are NaN if nothing was detected.
 
         Args:
-            img_ids: images to evaluate; None: all.
+            img_ids: ids of the images to evaluate; None for all.
 
         Raises:
-            ConfigError: detections have classes or images that the dataset hasn't.
+            ConfigError: a detection's class or image is not in the dataset.
         """
         predictions = self._predictions
         if self._distributed:
@@ -142,23 +153,24 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
             if not comm.is_main_process():
                 return {}
         if not predictions:
-            logger.warning("%s: nothing was evaluated", self._dataset_name)
+            logger.warning("%s: no image was evaluated", self._dataset_name)
             return {}
 
         category_ids = self._category_ids(predictions)
         if self._output_dir:
             self._write(predictions, category_ids)
         if not self._do_evaluation:
-            logger.info("%s has no annotations: there is no AP", self._dataset_name)
+            logger.info("%s has no annotations: AP is not computed", self._dataset_name)
             return {}
         summary = None
         if any(len(p.scores) for p in predictions):
-            summary = self._summarize(predictions, category_ids, img_ids)
+            with _log_prints():
+                summary = self._summarize(predictions, category_ids, img_ids)
         names = self._metadata.get("thing_classes")
         return OrderedDict(bbox=self._derive_coco_results(summary, "bbox", class_names=names))
 
     def _category_ids(self, predictions: list[Detections]) -> list[int] | None:
-        """The dataset's category id of each class; None where they are the same."""
+        """The dataset's category id of each class; None if ids are the classes themselves."""
         mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if mapping is None:
             return None
@@ -166,7 +178,7 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         highest = max((p.classes.max() for p in predictions if len(p.classes)), default=0)
         if highest >= len(category_ids):
             raise ConfigError(
-                f"a detection is of class {highest}, but {self._dataset_name} has "
+                f"a detection has class {highest}, but {self._dataset_name} has "
                 f"{len(category_ids)} classes: set MODEL.RETINANET.NUM_CLASSES {len(category_ids)}"
             )
         return category_ids
@@ -174,11 +186,11 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
     def _write(self, predictions: list[Detections], category_ids: list[int] | None) -> None:
         PathManager.mkdirs(self._output_dir)
         path = os.path.join(self._output_dir, "coco_instances_results.json")
-        # image by image: half a million dicts at once keep the garbage collector busy
+        # image by image: with half a million dicts at once the garbage collector takes long
         images = (p.encode(category_ids) for p in predictions if len(p.scores))
         with PathManager.open(path, "w") as file:
             file.write(f"[{', '.join(images)}]")
-        logger.info("Detections written to %s", path)
+        logger.debug("Detections written to %s", path)
 
     def _summarize(
         self,
@@ -186,19 +198,19 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         category_ids: list[int] | None,
         img_ids: Sequence[int] | None,
     ) -> COCOeval:
-        """pycocotools' evaluation, summed up."""
+        """pycocotools' evaluation after ``summarize``, however it was computed."""
         unknown = {p.image_id for p in predictions if len(p.scores)} - self._coco_api.imgs.keys()
         if unknown:
             raise ConfigError(
-                f"detections of image {min(unknown, key=str)}, which {self._dataset_name} hasn't: "
-                "its annotation file isn't that of its images"
+                f"detections of image {min(unknown, key=str)}, which is not in the annotations of "
+                f"{self._dataset_name}: images and annotation file do not belong together"
             )
-        obstacle = self._obstacle(predictions)
-        if obstacle is None:
+        reason = self._fallback_reason(predictions)
+        if reason is None:
             assert hotcoco is not None
-            logger.info("Evaluating with hotcoco %s", hotcoco.__version__)
+            logger.debug("Evaluating with hotcoco %s", hotcoco.__version__)
             return self._run_hotcoco(as_rows(predictions, category_ids), img_ids)
-        logger.info("Evaluating with pycocotools: %s", obstacle)
+        logger.debug("Evaluating with pycocotools: %s", reason)
         return _evaluate_predictions_on_coco(
             self._coco_api,
             list(itertools.chain(*(p.to_json(category_ids) for p in predictions))),
@@ -208,38 +220,36 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
             max_dets_per_image=self._max_dets_per_image,
         )
 
-    def _obstacle(self, predictions: list[Detections]) -> str | None:
-        """Why hotcoco can't be asked, or would not give pycocotools' numbers."""
-        if not self._use_fast:
-            return "use_fast is False"
+    def _fallback_reason(self, predictions: list[Detections]) -> str | None:
+        """Why hotcoco is not available, or would differ from pycocotools; None if it is used."""
         if hotcoco is None:
             return "`import hotcoco` fails, pip install 'retina_plugin[fast]' for 50x the speed"
         truth = self._coco_api
         ids = itertools.chain(truth.imgs, truth.anns, truth.cats)
         if not all(isinstance(i, int) and 0 <= i < 2**53 for i in ids):
-            return "ids are not whole numbers below 2^53"
+            return "ids are not whole numbers below 2^53"  # as_rows makes float64 of them
         if 0 in truth.anns:
-            return "an annotation has id 0, which pycocotools takes for 'no match'"
+            return "an annotation has id 0, which means 'no match' to pycocotools"
         annotations = truth.dataset["annotations"]
         if len(annotations) != len(truth.anns):
-            return "two annotations have one id"
+            return "two annotations have the same id"
         if not all(a.keys() >= {"bbox", "area", "iscrowd"} for a in annotations):
-            return "an annotation has no bbox, no area or no iscrowd"  # hotcoco would guess
+            return "an annotation has no bbox, area or iscrowd"  # hotcoco would assume a value
         if not all(p.is_finite() for p in predictions):
-            return "a detection isn't finite"
+            return "a detection is not finite"
         return None
 
     def _run_hotcoco(self, rows: np.ndarray, img_ids: Sequence[int] | None) -> COCOeval:
         assert hotcoco is not None
-        # pycocotools' and hotcoco's dataset objects don't go with one another
+        # hotcoco does not take pycocotools' dataset object
         truth = hotcoco.COCO(_boxes_only(self._coco_api))
         fast = hotcoco.COCOeval(truth, truth.loadRes(rows), "bbox")
-        fast.params.maxDets = max_dets = sorted(self._max_dets_per_image)  # as pycocotools does
+        fast.params.maxDets = max_dets = sorted(self._max_dets_per_image)  # pycocotools sorts too
         if img_ids is not None:
             fast.params.imgIds = sorted(set(img_ids))
         fast.evaluate()
         fast.accumulate()
-        # as Detectron2 does: pycocotools' summary knows no other limit than 100
+        # as Detectron2 does: pycocotools can summarize for the limit 100 only
         kind = COCOeval if self._max_dets_per_image[2] == 100 else COCOevalMaxDets
         summary = kind(iouType="bbox")
         summary.params.maxDets = max_dets
@@ -248,10 +258,20 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         return summary
 
 
-def _boxes_only(truth: COCO) -> dict[str, Any]:
-    """What matching reads. hotcoco refuses files that pycocotools takes, for what else is there.
+@contextlib.contextmanager
+def _log_prints() -> Iterator[None]:
+    """Log what pycocotools prints, at debug level."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        yield
+    if printed.getvalue():
+        logger.debug("pycocotools:\n%s", printed.getvalue().rstrip())
 
-    Detectron2's own files, for example, have ``"licenses": null``.
+
+def _boxes_only(truth: COCO) -> dict[str, Any]:
+    """The fields that matching reads.
+
+    hotcoco rejects some files that pycocotools accepts because of other fields: Detectron2 itself
+    writes ``"licenses": null``.
     """
     fields = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
     return {

@@ -1,4 +1,4 @@
-"""What an evaluator keeps of the detections: arrays, an image each, and how they are written."""
+"""Detections as an evaluator keeps them, one set of arrays per image, and their JSON."""
 
 from __future__ import annotations
 
@@ -10,33 +10,37 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Detections", "as_rows", "optional"]
+__all__ = ["Detections", "as_rows", "optional_import"]
 
 
-def optional(name: str) -> ModuleType | None:
-    """The module, or None where it is not installed or cannot be imported."""
+def optional_import(name: str) -> ModuleType | None:
+    """The module, or None if it is not installed or raises ImportError."""
     try:
         return importlib.import_module(name)
     except ImportError:
         return None
 
 
-orjson = optional("orjson")  # of the extra "fast"
+orjson = optional_import("orjson")  # of the extra "fast"
 
 
 class Detections(NamedTuple):
-    """What was found in one image."""
+    """The detections of one image."""
 
-    image_id: Any
-    boxes: np.ndarray  # (N, 4) float32, x, y, width, height in pixels
+    image_id: int | str
+    boxes: np.ndarray  # (N, 4) float32 XYWH in pixels
     scores: np.ndarray  # (N,) float64
-    classes: np.ndarray  # (N,) int64, from 0
+    classes: np.ndarray  # (N,) int64 in [0, K)
 
     def is_finite(self) -> bool:
         return bool(np.isfinite(self.boxes).all() and np.isfinite(self.scores).all())
 
     def to_json(self, category_ids: Sequence[int] | None) -> list[dict[str, Any]]:
-        """COCO's result format; ``category_ids`` are the dataset's, by class."""
+        """COCO's result format, one dict for each detection.
+
+        Args:
+            category_ids: the dataset's id of each class; None if ids are the classes themselves.
+        """
         classes = self.classes.tolist()
         return [
             {
@@ -49,15 +53,16 @@ class Detections(NamedTuple):
         ]
 
     def encode(self, category_ids: Sequence[int] | None) -> str:
-        """:meth:`to_json` as text, without the brackets; NaN as NaN, which orjson doesn't know."""
+        """:meth:`to_json` as text, without the brackets."""
         results = self.to_json(category_ids)
+        # Detectron2 writes NaN as NaN; orjson would write null
         if orjson is not None and self.is_finite():
             return orjson.dumps(results)[1:-1].decode()
         return json.dumps(results)[1:-1]
 
 
 def as_rows(predictions: list[Detections], category_ids: list[int] | None) -> np.ndarray:
-    """(N, 7) float64: image id, x, y, width, height, score, category id."""
+    """The detections of all images, (N, 7) float64: image id, XYWH, score, category id."""
     counts = [len(p.scores) for p in predictions]
     classes = np.concatenate([p.classes for p in predictions])
     return np.column_stack(

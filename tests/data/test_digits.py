@@ -1,4 +1,4 @@
-"""The embedded set: split before composing, deterministic, COCO format, boxes of the ink."""
+"""The embedded digits: disjoint splits, reproducible scenes, COCO format, tight boxes."""
 
 import itertools
 import json
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from sklearn.datasets import load_digits
 
 from retina_plugin.data import digits
 
@@ -24,7 +25,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """The folder with the scenes of SPEC."""
+    """The folder of the scenes of SPEC."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RETINA_PLUGIN_CACHE", str(tmp_path_factory.mktemp("cache")))
         return digits.prepare(SPEC)
@@ -32,10 +33,16 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def grey_scenes():
-    """Scenes over an even grey, where every changed pixel is ink."""
-    ink, labels, _ = digits._sources()
+    """Scenes on a uniform grey, where every pixel that changed is ink."""
+    ink, labels = ink_and_labels()
     rng = np.random.default_rng(3)
     return [digits.compose_scene(rng, ink, labels, GREY, SPEC) for _ in range(40)]
+
+
+def ink_and_labels():
+    """scikit-learn's digits, (1797, 8, 8) in [0, 1], and their classes."""
+    data = load_digits()
+    return data.images / 16, data.target
 
 
 def read(root, split):
@@ -43,7 +50,7 @@ def read(root, split):
 
 
 def test_no_digit_is_in_two_splits(cache, monkeypatch):
-    """What train, dev and val draw from share no digit, and together are all of them."""
+    """Scenes of train, dev and val are composed of disjoint digits, together all 1797."""
     pools = []
     compose = digits.compose_scene
 
@@ -58,13 +65,13 @@ def test_no_digit_is_in_two_splits(cache, monkeypatch):
     val, train, dev = pools
     assert (len(val), len(dev)) == (SPEC.num_val_digits, SPEC.num_dev_digits)
     assert not set(val) & set(train) and not set(val) & set(dev) and not set(dev) & set(train)
-    everything, labels, _ = digits._sources()
-    assert sorted(val + train + dev) == sorted(digit.tobytes() for digit in everything)
+    ink, labels = ink_and_labels()
+    assert sorted(val + train + dev) == sorted(digit.tobytes() for digit in ink)
     assert set(labels) == set(range(10))
 
 
-def test_same_seed_same_bytes(tmp_path, monkeypatch):
-    """Two caches get the same files; another seed gives other scenes."""
+def test_same_seed_gives_the_same_bytes(tmp_path, monkeypatch):
+    """In two cache folders; another seed gives other files."""
     roots = []
     for name, spec in (
         ("a", SPEC),
@@ -83,8 +90,8 @@ def test_same_seed_same_bytes(tmp_path, monkeypatch):
     assert all(first[name] != other[name] for name in first)
 
 
-def test_folder_depends_on_the_whole_spec(cache):
-    """Every field changes the folder, so no stale scenes are read."""
+def test_folder_depends_on_every_field_of_the_spec(cache):
+    """So scenes of another spec are never read."""
     base = vars(SPEC)
     folders = {digits.dataset_root(SPEC)}
     for field, value in base.items():
@@ -94,7 +101,7 @@ def test_folder_depends_on_the_whole_spec(cache):
 
 
 def test_val_does_not_depend_on_the_size_of_train(scenes, cache):
-    """Results on val stay comparable when train and dev grow."""
+    """So results on val stay comparable when train and dev grow."""
     more = {"num_train": SPEC.num_train + 1, "num_dev": SPEC.num_dev + 1}
     larger = digits.prepare(digits.SceneSpec(**{**vars(SPEC), **more}))
     assert (larger / "val.json").read_bytes() == (scenes / "val.json").read_bytes()
@@ -104,7 +111,7 @@ def test_val_does_not_depend_on_the_size_of_train(scenes, cache):
 
 @pytest.mark.parametrize(("split", "num_images"), [("train", 6), ("dev", 3), ("val", 4)])
 def test_coco_format(scenes, split, num_images):
-    """Unique ids, none 0; boxes inside the image, with their area; pictures of the stated size."""
+    """Unique ids from 1, boxes inside the image, areas, sizes of the image files."""
     coco = read(scenes, split)
     assert [c["id"] for c in coco["categories"]] == list(range(1, 11))
     assert [c["name"] for c in coco["categories"]] == list("0123456789")
@@ -112,7 +119,7 @@ def test_coco_format(scenes, split, num_images):
     assert len(images) == len(coco["images"]) == num_images
     ids = [a["id"] for a in coco["annotations"]]
     assert len(set(ids)) == len(ids) and min(ids) >= 1
-    assert {a["image_id"] for a in coco["annotations"]} == set(images)  # none is empty
+    assert {a["image_id"] for a in coco["annotations"]} == set(images)  # no image is empty
     for a in coco["annotations"]:
         x, y, w, h = a["bbox"]
         image = images[a["image_id"]]
@@ -124,9 +131,9 @@ def test_coco_format(scenes, split, num_images):
         assert pixels.shape == (image["height"], image["width"], 3) == (96, 96, 3)
 
 
-def test_detectron2_reads_it(scenes):
-    """Detectron2's loader finds every image and annotation, classes from 0."""
-    name = "digits_test_detectron2_reads_it"
+def test_detectron2_loads_the_scenes(scenes):
+    """Every image and annotation, with classes from 0."""
+    name = "digits_test_detectron2_loads_the_scenes"
     records = load_coco_json(str(scenes / "val.json"), str(scenes / "val"), name)
     coco = read(scenes, "val")
     assert len(records) == len(coco["images"])
@@ -135,8 +142,8 @@ def test_detectron2_reads_it(scenes):
     MetadataCatalog.pop(name)
 
 
-def test_number_size_and_overlap_of_the_digits(grey_scenes):
-    """Within the limits of the spec, in every scene."""
+def test_number_size_and_overlap_of_digits(grey_scenes):
+    """Within the limits of the spec in every scene."""
     sides = []
     for _, objects in grey_scenes:
         assert 1 <= len(objects) <= SPEC.max_digits
@@ -150,8 +157,8 @@ def test_number_size_and_overlap_of_the_digits(grey_scenes):
     assert SPEC.min_side <= min(sides) < 25 and 40 < max(sides) <= SPEC.max_side
 
 
-def test_boxes_are_the_ink(grey_scenes):
-    """No pixel changes outside the boxes, and the ink reaches each side of its box."""
+def test_boxes_are_tight(grey_scenes):
+    """No ink is outside the boxes, and it reaches each side of its box."""
     assert any(len(objects) == 1 for _, objects in grey_scenes)
     for image, objects in grey_scenes:
         changed = (image != 128).any(axis=2)
@@ -160,33 +167,32 @@ def test_boxes_are_the_ink(grey_scenes):
             outside[y : y + h, x : x + w] = False
         assert not outside.any()
         if len(objects) > 1:
-            continue  # a neighbour's ink may lie in the box
+            continue  # another digit's ink may lie in the box
         (((x, y, w, h), _),) = objects
         ys, xs = np.where(changed)
-        slack = 1 + 0.05 * max(w, h)  # the faint rim of the ink
+        slack = 1 + 0.05 * max(w, h)  # the rim of the ink is faint
         assert xs.min() - x <= slack and x + w - 1 - xs.max() <= slack
         assert ys.min() - y <= slack and y + h - 1 - ys.max() <= slack
 
 
-def test_digits_can_be_seen(grey_scenes):
-    """Ink differs from what it covers by the contrast of the spec."""
+def test_digits_have_contrast(grey_scenes):
+    """Ink differs from the background by at least the contrast of the spec."""
     brightness = np.array([0.114, 0.587, 0.299])  # of BGR
     for image, objects in grey_scenes:
         grey = image @ brightness
         for (x, y, w, h), _ in objects:
-            # 128 is both a limit of integers and the background: 1 grey level of rounding
+            # pixels are rounded: 1 grey level of tolerance
             assert abs(grey[y : y + h, x : x + w] - 128).max() >= SPEC.min_contrast - 1
 
 
-def test_classes_are_those_of_the_digits_drawn():
-    """Drawn only from the sevens, a scene has only sevens; the shapes are the digits'."""
-    ink, labels, _ = digits._sources()
+def test_classes_and_shapes_are_the_digits():
+    """A scene of sevens has class 7 only; a vertical stroke gives a narrow box."""
+    ink, labels = ink_and_labels()
     sevens = ink[labels == 7]
     rng = np.random.default_rng(0)
     for _ in range(10):
         _, objects = digits.compose_scene(rng, sevens, np.full(len(sevens), 7), GREY, SPEC)
         assert {label for _, label in objects} == {7}
-    # a digit that is one vertical stroke keeps its shape: ink where the digit has ink
     stroke = np.zeros((1, 8, 8))
     stroke[0, 1:7, 4] = 1
     _, objects = digits.compose_scene(rng, stroke, np.array([1]), GREY, SPEC)
@@ -194,7 +200,7 @@ def test_classes_are_those_of_the_digits_drawn():
 
 
 def test_prepare_writes_once(cache, monkeypatch):
-    """The second call finds the folder and composes nothing."""
+    """The second call finds the folder and composes no scene."""
     root = digits.prepare(SPEC)
     assert root.parent == cache
 
@@ -205,40 +211,38 @@ def test_prepare_writes_once(cache, monkeypatch):
     assert digits.prepare(SPEC) == root
 
 
-def test_an_interrupted_prepare_leaves_nothing(cache, monkeypatch):
-    """The folder appears whole or not at all."""
-    write = digits._write_coco
+def test_interrupted_prepare_leaves_no_folder(cache, monkeypatch):
+    """The folder appears completely or not at all: here the disk is full in the middle."""
+    write = cv2.imwrite
 
-    def full_disk(root, split, scenes):
-        write(root, split, scenes)
-        if split == "train":
-            raise OSError("no space left")
+    def full_disk(path, image):
+        return "train" not in path and write(path, image)
 
-    monkeypatch.setattr(digits, "_write_coco", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(cv2, "imwrite", full_disk)
+    with pytest.raises(OSError, match="cannot write"):
         digits.prepare(SPEC)
     assert list(cache.iterdir()) == []
 
 
 def test_two_processes_may_prepare_at_once(cache, monkeypatch):
-    """The one that comes second uses the other's folder and cleans up its own."""
-    write = digits._write_coco
+    """The slower one uses the other's folder and removes its own."""
+    write = cv2.imwrite
     root = digits.dataset_root(SPEC)
 
-    def other_is_faster(partial, split, scenes):
-        write(partial, split, scenes)
-        if split == "train":
+    def other_is_faster(path, image):
+        if "train" in path and not root.is_dir():
             root.mkdir()
-            (root / "by_the_other").touch()
+            (root / "by_the_other_process").touch()
+        return write(path, image)
 
-    monkeypatch.setattr(digits, "_write_coco", other_is_faster)
+    monkeypatch.setattr(cv2, "imwrite", other_is_faster)
     assert digits.prepare(SPEC) == root
     assert [path.name for path in cache.iterdir()] == [root.name]
-    assert (root / "by_the_other").is_file()
+    assert (root / "by_the_other_process").is_file()
 
 
-def test_registered_and_written_on_first_use(cache, monkeypatch):
-    """Registering writes nothing; asking for the data does; the metadata has the ten classes."""
+def test_registered_datasets_are_written_on_first_use(cache, monkeypatch):
+    """Registering writes no file, loading does. The metadata has the ten classes."""
     names = ["digits_scenes_train", "digits_scenes_dev", "digits_scenes_val"]
     kept = {name: (DatasetCatalog[name], MetadataCatalog.pop(name)) for name in names}
     for name in names:
@@ -249,7 +253,7 @@ def test_registered_and_written_on_first_use(cache, monkeypatch):
             patch.setattr(digits, "dataset_root", lambda spec=SPEC: dataset_root(spec))
             patch.setattr(digits, "prepare", lambda spec=SPEC: prepare(spec))
             digits.register()
-            digits.register()  # again: Detectron2 would assert
+            digits.register()  # twice: Detectron2 alone would raise
             for name in names:
                 metadata = MetadataCatalog.get(name)
                 assert metadata.thing_classes == list("0123456789")
@@ -265,8 +269,8 @@ def test_registered_and_written_on_first_use(cache, monkeypatch):
             MetadataCatalog[name] = metadata
 
 
-def test_without_scikit_learn(cache, monkeypatch):
-    """The message names what to install."""
+def test_missing_scikit_learn_raises(cache, monkeypatch):
+    """The message says what to install."""
     for name in ("sklearn", "sklearn.datasets"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install .*scikit-learn") as error:

@@ -1,4 +1,4 @@
-"""The fast mapper against Detectron2's: the same records from the same seed."""
+"""FastMapper against Detectron2's mapper: the same records from the same seed."""
 
 import copy
 import io
@@ -20,11 +20,11 @@ from retina_plugin.data import DATASET_MAPPER_REGISTRY, DatasetMapper, FastMappe
 from retina_plugin.data.images import FastResize, image_to_tensor, read_image
 from retina_plugin.errors import ConfigError
 
-H, W = 120, 161  # odd, so that no chroma block is whole
+H, W = 120, 161  # an odd width cuts a chroma block
 
 
 def photo(height=H, width=W, seed=0):
-    """(H, W, 3) uint8 with edges, gradients and noise, as photos have."""
+    """(height, width, 3) uint8 with edges, gradients and noise, like a photo."""
     rng = np.random.default_rng(seed)
     image = np.zeros((height, width, 3), np.float32)
     for cells, size in ((4, 90), (16, 50), (60, 25)):
@@ -33,7 +33,7 @@ def photo(height=H, width=W, seed=0):
 
 
 def encode(image, kind="JPEG", **options):
-    """The file's bytes of an RGB array or a Pillow image."""
+    """An RGB array or a Pillow image as the bytes of a file."""
     file = io.BytesIO()
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     image.save(file, kind, **options)
@@ -42,7 +42,7 @@ def encode(image, kind="JPEG", **options):
 
 @pytest.fixture
 def write(tmp_path):
-    """write(bytes) -> path of the file."""
+    """write(bytes) -> path of a file with them."""
 
     def save(data):
         path = tmp_path / "image"
@@ -53,7 +53,7 @@ def write(tmp_path):
 
 
 def annotations(num=6, seed=0, crowd=()):
-    """COCO's kind of annotations; the first sticks out of the image, the last has no width."""
+    """COCO annotations; the first box extends beyond the image, the last has no width."""
     rng = np.random.default_rng(seed)
     made = [
         {
@@ -73,14 +73,14 @@ def annotations(num=6, seed=0, crowd=()):
 
 @pytest.fixture
 def record(write):
-    """A record of Detectron2's with a JPEG."""
+    """A Detectron2 record with a JPEG."""
     path = write(encode(photo(), quality=90))
     size = {"height": H, "width": W}
-    return {"file_name": path, **size, "image_id": 7, "annotations": annotations(), "mine": [1, 2]}
+    return {"file_name": path, **size, "image_id": 7, "annotations": annotations(), "extra": [1, 2]}
 
 
 def both(cfg, record, seed, is_train=True):
-    """The two mappers' records from the same seed; the generator is left in the same state."""
+    """The record of each mapper from the same seed, after the same number of random draws."""
     outputs, states = [], []
     for name in ("FastMapper", "DatasetMapper"):
         cfg.INPUT.MAPPER = name
@@ -93,7 +93,7 @@ def both(cfg, record, seed, is_train=True):
 
 
 def assert_same(fast, slow, share=1e-3):
-    """Records are equal, images to 1 level in a ``share`` of values at most."""
+    """Records are equal, but at most a ``share`` of pixel values may differ, by 1."""
     assert fast.keys() == slow.keys()
     image, expected = fast["image"], slow["image"]
     assert image.dtype == expected.dtype and image.shape == expected.shape
@@ -101,12 +101,12 @@ def assert_same(fast, slow, share=1e-3):
     off = (image.int() - expected.int()).abs()
     assert off.max() <= 1 and (off > 0).float().mean() <= share
     if "instances" in slow:
-        mine, theirs = fast["instances"], slow["instances"]
-        assert mine.image_size == theirs.image_size
-        assert mine.get_fields().keys() == theirs.get_fields().keys()
-        assert mine.gt_boxes.tensor.dtype == theirs.gt_boxes.tensor.dtype
-        assert torch.equal(mine.gt_boxes.tensor, theirs.gt_boxes.tensor)  # to the bit
-        assert torch.equal(mine.gt_classes, theirs.gt_classes)
+        ours, theirs = fast["instances"], slow["instances"]
+        assert ours.image_size == theirs.image_size
+        assert ours.get_fields().keys() == theirs.get_fields().keys()
+        assert ours.gt_boxes.tensor.dtype == theirs.gt_boxes.tensor.dtype
+        assert torch.equal(ours.gt_boxes.tensor, theirs.gt_boxes.tensor)  # to the bit
+        assert torch.equal(ours.gt_classes, theirs.gt_classes)
     for key in set(slow) - {"image", "instances"}:
         assert fast[key] == slow[key]
 
@@ -116,7 +116,7 @@ def assert_same(fast, slow, share=1e-3):
 @pytest.mark.parametrize("sampling", ["choice", "range"])
 @pytest.mark.parametrize("crop", [None, "relative_range", "absolute"])
 def test_same_records_as_detectron2(tiny_cfg, record, image_format, flip, sampling, crop):
-    """Over seeds: sizes, crops, flips and boxes to the bit, pixels to a level."""
+    """Sizes, crops, flips and boxes to the bit; pixels differ by at most 1."""
     tiny_cfg.INPUT.FORMAT, tiny_cfg.INPUT.RANDOM_FLIP = image_format, flip
     tiny_cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = sampling
     tiny_cfg.INPUT.MIN_SIZE_TRAIN = (97, 203) if sampling == "range" else (97, 151, 203)
@@ -126,12 +126,12 @@ def test_same_records_as_detectron2(tiny_cfg, record, image_format, flip, sampli
         tiny_cfg.INPUT.CROP.ENABLED, tiny_cfg.INPUT.CROP.TYPE = True, crop
         tiny_cfg.INPUT.CROP.SIZE = size
     for seed in range(6):
-        assert_same(*both(tiny_cfg, record, seed), share=5e-3)  # crops are small and many
+        assert_same(*both(tiny_cfg, record, seed), share=5e-3)  # small images vary more
 
 
 @pytest.mark.parametrize(("size", "new"), [((480, 640), 800), ((427, 640), 600), ((640, 480), 400)])
 def test_pixels_at_usual_sizes(tiny_cfg, write, size, new):
-    """Less than 0.1 % of values are off, by one level, up and down."""
+    """Less than 0.1 % of values differ, by 1."""
     tiny_cfg.INPUT.MIN_SIZE_TEST = new
     record = {"file_name": write(encode(photo(*size), quality=90)), "image_id": 1}
     fast, slow = both(tiny_cfg, record, 0, is_train=False)
@@ -141,19 +141,19 @@ def test_pixels_at_usual_sizes(tiny_cfg, write, size, new):
 
 @pytest.mark.parametrize("scale", [0.2, 0.37, 0.5, 0.75, 1.3, 1.5, 2.0, 3.1])
 def test_resize_at_simple_fractions(scale):
-    """Where many sums lie on a half, pixels are still 2 levels apart at most, few of them."""
+    """Many sums lie on a half: less than 3 % of values differ, by at most 2."""
     image = photo(240, 320)
     new = round(240 * scale), round(320 * scale)
-    mine = FastResize(240, 320, *new).apply_image(image)
+    ours = FastResize(240, 320, *new).apply_image(image)
     theirs = T.ResizeTransform(240, 320, *new).apply_image(image)
-    off = np.abs(mine.astype(int) - theirs)
-    assert mine.shape == theirs.shape and off.max() <= 2 and (off > 0).mean() < 0.03
+    off = np.abs(ours.astype(int) - theirs)
+    assert ours.shape == theirs.shape and off.max() <= 2 and (off > 0).mean() < 0.03
 
 
 @pytest.mark.parametrize("flip", ["horizontal", "vertical"])
 @pytest.mark.parametrize("image_format", ["BGR", "RGB"])
 def test_without_resize_pixels_are_equal(tiny_cfg, record, flip, image_format):
-    """Decoding, flips and layout change no bit."""
+    """Decoding, flips and memory layout change no bit."""
     tiny_cfg.INPUT.FORMAT, tiny_cfg.INPUT.RANDOM_FLIP = image_format, flip
     tiny_cfg.INPUT.MIN_SIZE_TRAIN, tiny_cfg.INPUT.MAX_SIZE_TRAIN = (H,), 1000
     for seed in range(4):
@@ -161,14 +161,14 @@ def test_without_resize_pixels_are_equal(tiny_cfg, record, flip, image_format):
 
 
 def jpegs():
-    """name -> bytes of every kind of JPEG."""
+    """Every kind of JPEG: name -> bytes."""
     image = Image.fromarray(photo())
     kinds = {
         f"chroma {s} quality {q}": encode(image, quality=q, subsampling=s)
         for s in (0, 1, 2)
         for q in (40, 95)
     }
-    for orientation in range(10):  # 0 and 9 mean nothing
+    for orientation in range(10):  # 0 and 9 are invalid
         exif = Image.Exif()
         exif[274] = orientation
         kinds[f"exif {orientation}"] = encode(image, exif=exif)
@@ -196,7 +196,7 @@ JPEGS = jpegs()
 @pytest.mark.parametrize("kind", JPEGS)
 @pytest.mark.parametrize("image_format", ["BGR", "RGB", "L", "YUV-BT.601"])
 def test_jpegs_are_read_as_detectron2_reads_them(write, kind, image_format):
-    """Equal pixels, whatever the file's kind and the way the camera was held."""
+    """Equal pixels for every kind of file and orientation of the camera."""
     path = write(JPEGS[kind])
     expected = detection_utils.read_image(path, image_format)
     image = read_image(path, image_format)
@@ -205,7 +205,7 @@ def test_jpegs_are_read_as_detectron2_reads_them(write, kind, image_format):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "turned"])
 def test_pngs_are_read_as_detectron2_reads_them(write, mode):
-    """Alpha, palettes, 16 bits and EXIF in PNG mean what they mean to Pillow."""
+    """Alpha, palettes, 16 bits and EXIF mean what they mean to Pillow."""
     image, options = Image.fromarray(photo()), {}
     if mode == "I;16":
         image = Image.fromarray(photo()[:, :, 0].astype(np.uint16) * 200)
@@ -220,7 +220,7 @@ def test_pngs_are_read_as_detectron2_reads_them(write, mode):
 
 
 def test_jpegs_are_decoded_by_opencv(write, monkeypatch):
-    """Detectron2's reader isn't asked, as it would be for the rare kinds."""
+    """Detectron2's reader is called for the rare kinds only."""
     calls = []
     read = detection_utils.read_image
     monkeypatch.setattr(detection_utils, "read_image", lambda *a: calls.append(a) or read(*a))
@@ -229,8 +229,8 @@ def test_jpegs_are_decoded_by_opencv(write, monkeypatch):
         assert len(calls) == expected
 
 
-def test_a_tag_that_cannot_be_read(write, monkeypatch):
-    """The image is taken as upright, as Detectron2 takes it."""
+def test_unreadable_exif_counts_as_upright(write, monkeypatch):
+    """As in Detectron2."""
 
     def fail(self):
         raise SyntaxError("not a TIFF file")
@@ -241,8 +241,8 @@ def test_a_tag_that_cannot_be_read(write, monkeypatch):
     assert expected.shape == (H, W, 3) and np.array_equal(read_image(path, "BGR"), expected)
 
 
-def test_the_fast_resize_is_taken(tiny_cfg, record, monkeypatch):
-    """Pillow is not asked to resize, and torch has nothing to say about read-only images."""
+def test_images_are_resized_by_torch(tiny_cfg, record, monkeypatch):
+    """Not by Pillow; and a read-only image gives no warning of torch's."""
     expected = T.ResizeTransform(H, W, 97, 130).apply_image(photo())
 
     def fail(self, img, interp=None):
@@ -256,19 +256,19 @@ def test_the_fast_resize_is_taken(tiny_cfg, record, monkeypatch):
         assert mapper(record)["image"].shape == (3, 97, 130)
     read_only = np.asarray(Image.fromarray(photo()))
     assert not read_only.flags.writeable
-    always = torch.is_warn_always_enabled()
+    warn_always = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             resized = FastResize(H, W, 97, 130).apply_image(read_only)
     finally:
-        torch.set_warn_always(always)
+        torch.set_warn_always(warn_always)
     assert np.abs(resized.astype(int) - expected).max() <= 1
 
 
-def test_half_a_jpeg_is_not_taken_for_a_whole_one(write, monkeypatch):
-    """Where the decoder fills up what is missing, as OpenCV 4 does."""
+def test_truncated_jpeg_raises_although_opencv_decodes_it(write, monkeypatch):
+    """OpenCV 4 fills up the missing pixels."""
     monkeypatch.setattr(cv2, "imdecode", lambda *_: np.zeros((H, W, 3), np.uint8))
     data = encode(photo())
     assert not read_image(write(data), "BGR").any()
@@ -277,19 +277,19 @@ def test_half_a_jpeg_is_not_taken_for_a_whole_one(write, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["FastMapper", "DatasetMapper"])
-def test_a_format_that_is_not_there(tiny_cfg, name):
-    """Is the key's fault, not that of the first image; Pillow's modes are there."""
+def test_unknown_format_raises(tiny_cfg, name):
+    """When the mapper is built, not at the first image. Pillow's modes are known."""
     tiny_cfg.INPUT.MAPPER = name
     for image_format in ("BGR", "RGB", "YUV-BT.601", "L", "CMYK"):
         tiny_cfg.INPUT.FORMAT = image_format
         DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)
     tiny_cfg.INPUT.FORMAT = "GBR"
-    with pytest.raises(ConfigError, match="INPUT.FORMAT: no 'GBR'; set BGR"):
+    with pytest.raises(ConfigError, match="INPUT.FORMAT: unknown 'GBR'; known: BGR"):
         DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)
 
 
 def test_other_files_are_read_once(write, monkeypatch):
-    """Of a PNG, which Detectron2's reader opens, only the first bytes are looked at before."""
+    """Before Detectron2's reader opens a PNG, only its first bytes are read."""
     opened, sizes = PathManager.open, []
 
     class Counting(io.BytesIO):
@@ -312,8 +312,8 @@ def test_other_files_are_read_once(write, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", ["missing", "empty", "text", "half a JPEG", "half a PNG"])
-def test_an_image_that_cannot_be_read(tiny_cfg, write, tmp_path, broken):
-    """One line with the file's name; half an image isn't taken for a whole one."""
+def test_unreadable_image_raises(tiny_cfg, write, tmp_path, broken):
+    """One line with the file's name; a truncated image is unreadable too."""
     jpeg, png = encode(photo()), encode(photo(), "PNG")
     contents = {
         "empty": b"",
@@ -329,8 +329,8 @@ def test_an_image_that_cannot_be_read(tiny_cfg, write, tmp_path, broken):
     assert f"cannot read the image {path}" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_image_of_another_size(tiny_cfg, record):
-    """Detectron2's error with the file's name; a turned image is an image of another size."""
+def test_wrong_image_size_raises(tiny_cfg, record):
+    """Detectron2's error, with the file's name."""
     mapper = DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)
     record["height"] += 1
     with pytest.raises(detection_utils.SizeMismatchError, match="image"):
@@ -341,7 +341,7 @@ def test_an_image_of_another_size(tiny_cfg, record):
     "kind", ["integers", "a box of integers", "corners", "arrays", "none", "tuples"]
 )
 def test_boxes_of_any_kind(tiny_cfg, record, kind):
-    """Integers, corners, arrays and no boxes at all go as they go in Detectron2."""
+    """Integers, corners, arrays, tuples and no boxes at all: as in Detectron2."""
     made = record["annotations"]
     for i, annotation in enumerate(made):
         if kind == "integers" or (kind == "a box of integers" and i == 2):
@@ -361,43 +361,43 @@ def test_boxes_of_any_kind(tiny_cfg, record, kind):
 
 
 def test_crowds_are_dropped_or_marked(tiny_cfg, record):
-    """Dropped as in Detectron2, or kept with gt_ignore where IGNORE_IOF_THRESH is set."""
+    """Dropped as in Detectron2; kept and marked in gt_iscrowd if IGNORE_IOF_THRESH is set."""
     tiny_cfg.INPUT.MIN_SIZE_TRAIN = (97,)
     record["annotations"] = annotations(8, crowd=(0, 3))
     fast, slow = both(tiny_cfg, record, 0)
     assert_same(fast, slow, share=5e-3)
-    assert len(fast["instances"]) == 5 and not fast["instances"].has("gt_ignore")
+    assert len(fast["instances"]) == 5 and not fast["instances"].has("gt_iscrowd")
     tiny_cfg.MODEL.RETINANET.IGNORE_IOF_THRESH, tiny_cfg.INPUT.MAPPER = 0.5, "FastMapper"
     mapper = DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)
     kept = mapper(record)["instances"]
-    assert kept.gt_ignore.tolist() == [True, False, False, True, False, False, False]
+    assert kept.gt_iscrowd.tolist() == [True, False, False, True, False, False, False]
     assert kept.gt_classes.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert torch.equal(kept[~kept.gt_ignore].gt_boxes.tensor, fast["instances"].gt_boxes.tensor)
+    assert torch.equal(kept[~kept.gt_iscrowd].gt_boxes.tensor, fast["instances"].gt_boxes.tensor)
     record["annotations"] = []
-    empty = mapper(record)["instances"].gt_ignore
+    empty = mapper(record)["instances"].gt_iscrowd
     assert empty.dtype == torch.bool and len(empty) == 0
 
 
-def test_the_record_stays_as_it_is(tiny_cfg, record):
-    """Nothing is changed in it, nothing of it is handed on."""
+def test_input_record_is_not_changed(tiny_cfg, record):
+    """Nor does the output share anything with it."""
     before = copy.deepcopy(record)
     output = DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)(record)
-    output["mine"].append(3)
+    output["extra"].append(3)
     output["instances"].gt_boxes.tensor.zero_()
     assert record == before
 
 
 def test_inference_drops_the_annotations(tiny_cfg, record):
-    """Test mode: the test size, no flip, no instances, and the size of the file."""
+    """It takes the test size, flips nothing, and adds the file's height and width."""
     tiny_cfg.INPUT.MIN_SIZE_TEST, tiny_cfg.INPUT.RANDOM_FLIP = 97, "horizontal"
     del record["height"], record["width"]
     fast, slow = both(tiny_cfg, record, 3, is_train=False)
     assert_same(fast, slow, share=5e-3)
-    assert fast.keys() == {"file_name", "image_id", "mine", "image", "height", "width"}
+    assert fast.keys() == {"file_name", "image_id", "extra", "image", "height", "width"}
 
 
 def test_semantic_labels_as_in_detectron2(tiny_cfg, record, tmp_path):
-    """They are resized to the nearest label and flipped with the image."""
+    """Resized to the nearest label, and flipped with the image."""
     labels = (photo()[:, :, 0] // 40).astype(np.uint8)
     record["sem_seg_file_name"] = str(tmp_path / "labels.png")
     Image.fromarray(labels).save(record["sem_seg_file_name"])
@@ -411,20 +411,20 @@ def test_semantic_labels_as_in_detectron2(tiny_cfg, record, tmp_path):
 @pytest.mark.parametrize("flip", [(), (0,), (1,), (2,), (0, 1), (0, 1, 2)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_any_view_becomes_a_tensor(flip, dtype, channels):
-    """Flipped, cropped and planar views give the tensor that NumPy's copy gives."""
+def test_image_to_tensor_of_any_view(flip, dtype, channels):
+    """Flipped, cropped and planar views give the same tensor as NumPy's copy."""
     image = np.random.default_rng(0).integers(0, 255, (40, 50, channels)).astype(dtype)
     planar = image.transpose(2, 0, 1).copy().transpose(1, 2, 0)
     for view in (image, image[3:30, 5:41], planar):
         view = np.flip(view, flip)
-        view.flags.writeable = False  # as Pillow's arrays are
+        view.flags.writeable = False  # like Pillow's arrays
         tensor = image_to_tensor(view)
         assert torch.equal(tensor, torch.from_numpy(view.transpose(2, 0, 1).copy()))
         assert tensor.is_contiguous()
 
 
-def test_other_augmentations_are_detectron2s(record):
-    """Any list of them; a resize that isn't bilinear is Pillow's."""
+def test_other_augmentations_equal_detectron2s(record):
+    """Any list of them; Pillow does a resize that is not bilinear."""
     bicubic = T.Resize((90, 130), interp=Image.BICUBIC)
     augmentations = [T.RandomBrightness(0.5, 1.5), T.RandomRotation([-20, 20]), bicubic]
     arguments = {"is_train": True, "augmentations": augmentations, "image_format": "BGR"}
@@ -435,8 +435,8 @@ def test_other_augmentations_are_detectron2s(record):
     assert_same(*outputs, share=0)
 
 
-def test_in_a_loaders_worker(tiny_cfg, record):
-    """A forked worker gives what this process gives."""
+def test_works_in_a_data_loaders_worker(tiny_cfg, record):
+    """A forked process gives the same image as this one."""
     mapper = DATASET_MAPPER_REGISTRY.build(tiny_cfg, False)
     loader = DataLoader([record] * 2, num_workers=1, collate_fn=lambda r: mapper(r[0]), timeout=60)
     expected = mapper(record)["image"]
@@ -444,15 +444,15 @@ def test_in_a_loaders_worker(tiny_cfg, record):
 
 
 @pytest.mark.parametrize("key", ["MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS"])
-def test_more_than_boxes_needs_detectron2s_mapper(tiny_cfg, key):
+def test_masks_keypoints_and_proposals_raise(tiny_cfg, key):
     """One line that names the key and the mapper to set."""
     tiny_cfg.MODEL[key] = True
     with pytest.raises(ConfigError, match=rf"MODEL\.{key}: .*INPUT\.MAPPER DatasetMapper"):
         DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)
 
 
-def test_detectron2s_mapper_has_no_crowds_to_ignore(tiny_cfg):
-    """IGNORE_IOF_THRESH with it is an error in training; at test time nothing is ignored."""
+def test_detectron2s_mapper_with_ignore_iof_thresh_raises(tiny_cfg):
+    """In training only: it drops the crowd boxes that the key needs."""
     tiny_cfg.INPUT.MAPPER, tiny_cfg.MODEL.RETINANET.IGNORE_IOF_THRESH = "DatasetMapper", 0.5
     with pytest.raises(ConfigError, match="IGNORE_IOF_THRESH .*INPUT.MAPPER FastMapper"):
         DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)

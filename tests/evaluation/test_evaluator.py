@@ -1,4 +1,4 @@
-"""COCO's numbers, the results file, and evaluators of one's own."""
+"""COCO's metrics, the results file, and how TEST.EVALUATOR chooses an evaluator."""
 
 import json
 
@@ -23,7 +23,7 @@ METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 
 
 def ground_truth():
-    """8 images with a small, a medium and a large box of changing classes."""
+    """COCO annotations: 8 images, each with a small, a medium and a large box."""
     annotations = []
     for image in range(1, 9):
         for side in (20, 60, 150):
@@ -43,7 +43,7 @@ def ground_truth():
 
 @pytest.fixture(params=[True])
 def dataset(request, tmp_path):
-    """The registered name of the boxes; parametrize with False for a set without annotations."""
+    """Name of the registered dataset; parametrize with False for one without annotations."""
     contents = {
         "images": [
             {"id": i, "file_name": f"{i}.png", "height": SIZE, "width": SIZE} for i in range(1, 9)
@@ -54,23 +54,23 @@ def dataset(request, tmp_path):
         contents["annotations"] = ground_truth()
     (tmp_path / "set.json").write_text(json.dumps(contents))
     register_coco_instances(NAME, {}, str(tmp_path / "set.json"), str(tmp_path))
-    DatasetCatalog.get(NAME)  # fills the metadata, as building a loader does
+    DatasetCatalog.get(NAME)  # this fills the metadata, as building a loader does
     yield NAME
     DatasetCatalog.remove(NAME)
     MetadataCatalog.pop(NAME)
 
 
 def detections(annotations, scores, shift=0.0, class_shift=0):
-    """(inputs, outputs) as the evaluation loop has them; all 8 images, in their order."""
+    """What ``process`` takes: inputs and outputs of all 8 images."""
     inputs, outputs = [], []
     for image in range(1, 9):
-        mine = [(a, s) for a, s in zip(annotations, scores, strict=True) if a["image_id"] == image]
-        xywh = torch.tensor([a["bbox"] for a, _ in mine]).view(-1, 4).float() + shift
-        classes = [(CATEGORIES.index(a["category_id"]) + class_shift) % 3 for a, _ in mine]
+        found = [(a, s) for a, s in zip(annotations, scores, strict=True) if a["image_id"] == image]
+        xywh = torch.tensor([a["bbox"] for a, _ in found]).view(-1, 4).float() + shift
+        classes = [(CATEGORIES.index(a["category_id"]) + class_shift) % 3 for a, _ in found]
         instances = Instances(
             (SIZE, SIZE),
             pred_boxes=Boxes(torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1)),
-            scores=torch.tensor([s for _, s in mine]),
+            scores=torch.tensor([s for _, s in found]),
             pred_classes=torch.tensor(classes, dtype=torch.int64),
         )
         inputs.append({"image_id": image})
@@ -78,10 +78,10 @@ def detections(annotations, scores, shift=0.0, class_shift=0):
     return inputs, outputs
 
 
-@pytest.fixture(params=["COCOEvaluator", "FastCOCOEvaluator", "FastCOCOEvaluator, nothing fast"])
+@pytest.fixture(params=["COCOEvaluator", "FastCOCOEvaluator", "FastCOCOEvaluator, no extras"])
 def evaluate(request, monkeypatch):
-    """evaluate(dataset, folder, inputs, outputs) -> results, by each evaluator."""
-    if request.param.endswith("nothing fast"):
+    """evaluate(dataset, folder, inputs, outputs) -> results, for each evaluator."""
+    if request.param.endswith("no extras"):
         monkeypatch.setattr(coco, "hotcoco", None)
         monkeypatch.setattr("retina_plugin.evaluation.detections.orjson", None)
     cls = EVALUATOR_REGISTRY.get(request.param.partition(",")[0])
@@ -96,7 +96,7 @@ def evaluate(request, monkeypatch):
 
 
 def test_perfect_detections_have_ap_100(dataset, tmp_path, evaluate):
-    """Over all thresholds, sizes and classes."""
+    """At every threshold, size and class."""
     annotations = ground_truth()
     results = evaluate(dataset, tmp_path, *detections(annotations, [0.9] * len(annotations)))
     expected = {f"AP-class {c}": 100.0 for c in CATEGORIES} | dict.fromkeys(METRICS, 100.0)
@@ -104,17 +104,17 @@ def test_perfect_detections_have_ap_100(dataset, tmp_path, evaluate):
 
 
 def test_wrong_classes_have_ap_0(dataset, tmp_path, evaluate):
-    """Perfect boxes of the next class count nothing."""
+    """Perfect boxes do not count if their class is wrong."""
     annotations = ground_truth()
-    found = detections(annotations, [0.9] * len(annotations), class_shift=1)
-    assert evaluate(dataset, tmp_path, *found)["bbox"]["AP"] == 0.0
+    wrong = detections(annotations, [0.9] * len(annotations), class_shift=1)
+    assert evaluate(dataset, tmp_path, *wrong)["bbox"]["AP"] == 0.0
 
 
-def test_numbers_are_those_of_pycocotools(dataset, tmp_path, evaluate):
-    """Run directly on the file that was written, it gives the same six numbers."""
+def test_metrics_equal_pycocotools(dataset, tmp_path, evaluate):
+    """pycocotools gives the same six numbers for the file that the evaluator wrote."""
     rng = np.random.default_rng(0)
-    kept = [a for a in ground_truth() if rng.random() < 0.8]  # misses
-    noisy = kept + [{**a, "category_id": 3} for a in kept[::3]]  # doubles, false alarms
+    kept = [a for a in ground_truth() if rng.random() < 0.8]  # the others are missed
+    noisy = kept + [{**a, "category_id": 3} for a in kept[::3]]  # duplicates, false positives
     noisy = [{**a, "bbox": [v + rng.normal(0, 3) for v in a["bbox"]]} for a in noisy]
     results = evaluate(dataset, tmp_path, *detections(noisy, rng.random(len(noisy)).tolist()))
     truth = COCO(str(tmp_path / "set.json"))
@@ -124,12 +124,12 @@ def test_numbers_are_those_of_pycocotools(dataset, tmp_path, evaluate):
     direct.summarize()
     values = [results["bbox"][metric] for metric in METRICS]
     assert values == pytest.approx((100 * direct.stats[:6]).tolist(), abs=1e-9)
-    assert 5 < values[0] < 95 and len(set(values)) == 6  # neither trivial nor all the same
+    assert 5 < values[0] < 95 and len(set(values)) == 6  # not trivial
 
 
 @pytest.mark.parametrize("dataset", [False], indirect=True)
-def test_without_annotations_the_file_is_the_result(dataset, tmp_path, evaluate):
-    """As on test-dev: what is to be submitted is written, with COCO's category ids and XYWH."""
+def test_dataset_without_annotations_writes_only_the_file(dataset, tmp_path, evaluate):
+    """As for test-dev: the file to submit has COCO's category ids and XYWH boxes."""
     annotations = ground_truth()
     scores = [0.01 * (i + 1) for i in range(len(annotations))]
     assert evaluate(dataset, tmp_path, *detections(annotations, scores)) == {}
@@ -144,16 +144,16 @@ def test_without_annotations_the_file_is_the_result(dataset, tmp_path, evaluate)
 
 @pytest.mark.parametrize("dataset", [True, False], indirect=True)
 def test_no_detections_at_all(dataset, tmp_path, evaluate):
-    """An untrained model: an empty file, no exception, and no AP that could be taken for one."""
+    """An untrained model: the file is empty and every metric is NaN, without an exception."""
     results = evaluate(dataset, tmp_path, *detections([], []))
     assert json.loads((tmp_path / "coco_instances_results.json").read_text()) == []
     assert all(np.isnan(value) for value in results.get("bbox", {}).values())
 
 
-def test_the_trainer_takes_the_evaluator_that_is_named(tiny_cfg):
-    """TEST.EVALUATOR names it; it gets the set's name and a folder of its own."""
+def test_trainer_builds_the_evaluator_of_the_config(tiny_cfg):
+    """TEST.EVALUATOR names it. It gets the dataset's name and a folder for this dataset."""
 
-    class Mine(DatasetEvaluator):
+    class MyEvaluator(DatasetEvaluator):
         def __init__(self, **kwargs):
             self.kwargs = kwargs
 
@@ -165,28 +165,28 @@ def test_the_trainer_takes_the_evaluator_that_is_named(tiny_cfg):
     assert isinstance(default, FastCOCOEvaluator)
     tiny_cfg.TEST.EVALUATOR = "COCOEvaluator"
     assert isinstance(Trainer.build_evaluator(tiny_cfg, "digits_scenes_val"), COCOEvaluator)
-    EVALUATOR_REGISTRY.register(Mine)
+    EVALUATOR_REGISTRY.register(MyEvaluator)
     try:
-        tiny_cfg.TEST.EVALUATOR = "Mine"
+        tiny_cfg.TEST.EVALUATOR = "MyEvaluator"
         evaluator = Trainer.build_evaluator(tiny_cfg, "digits_scenes_val")
     finally:
-        EVALUATOR_REGISTRY._obj_map.pop("Mine")
-    assert isinstance(evaluator, Mine)
+        EVALUATOR_REGISTRY._obj_map.pop("MyEvaluator")
+    assert isinstance(evaluator, MyEvaluator)
     assert evaluator.kwargs == {
         "dataset_name": "digits_scenes_val",
         "output_dir": f"{tiny_cfg.OUTPUT_DIR}/inference/digits_scenes_val",
     }
 
 
-def test_an_evaluator_that_does_not_exist(tiny_cfg):
-    """One line that lists the ones that do."""
+def test_unknown_evaluator_raises(tiny_cfg):
+    """One line that lists the known ones."""
     tiny_cfg.TEST.EVALUATOR = "CocoEvaluator"
     with pytest.raises(ConfigError, match=r"TEST\.EVALUATOR: .*'CocoEvaluator'.*COCOEvaluator"):
         Trainer.build_evaluator(tiny_cfg, "digits_scenes_val")
 
 
-def boxes_in_detectron2s_format():
-    """The records of :func:`ground_truth`, with one crowd."""
+def records_in_detectron2_format():
+    """:func:`ground_truth` as Detectron2's records; one box is a crowd."""
     records = []
     for image in range(1, 9):
         record = {"image_id": image, "file_name": f"{image}.png", "height": SIZE, "width": SIZE}
@@ -204,19 +204,19 @@ def boxes_in_detectron2s_format():
     return records
 
 
-def test_a_dataset_in_detectron2s_format(tmp_path, caplog):
-    """Registered without a COCO file: pycocotools' numbers, by hotcoco where it is installed."""
-    DatasetCatalog.register(NAME, boxes_in_detectron2s_format)
+def test_dataset_without_a_coco_file(tmp_path, caplog):
+    """A dataset in Detectron2's format: the metrics equal COCOEvaluator's."""
+    DatasetCatalog.register(NAME, records_in_detectron2_format)
     MetadataCatalog.get(NAME).set(thing_classes=[f"class {c}" for c in CATEGORIES])
-    caplog.set_level("INFO", "retina_plugin")
+    caplog.set_level("DEBUG", "retina_plugin")
     annotations = ground_truth()[::2]
-    found = detections(annotations, np.linspace(0.1, 1, len(annotations)).tolist(), shift=2.0)
+    shifted = detections(annotations, np.linspace(0.1, 1, len(annotations)).tolist(), shift=2.0)
     results = []
     try:
         for cls in (FastCOCOEvaluator, COCOEvaluator):
             evaluator = cls(**cls.from_config(None, NAME, str(tmp_path)))
             evaluator.reset()
-            evaluator.process(*found)
+            evaluator.process(*shifted)
             results.append(evaluator.evaluate()["bbox"])
     finally:
         DatasetCatalog.remove(NAME)

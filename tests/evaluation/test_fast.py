@@ -1,4 +1,4 @@
-"""The fast evaluator gives pycocotools' numbers to the last bit, on ties and edges too."""
+"""FastCOCOEvaluator equals Detectron2's COCOEvaluator to the last bit, in edge cases too."""
 
 import copy
 import json
@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
 from detectron2.structures import Boxes, Instances
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from retina_plugin.errors import ConfigError
 from retina_plugin.evaluation import COCOEvaluator, FastCOCOEvaluator, coco
-from retina_plugin.evaluation.detections import optional, orjson
+from retina_plugin.evaluation.detections import optional_import, orjson
 
 NAME = "test_fast_evaluator"
 HOTCOCO = coco.hotcoco
@@ -23,9 +20,9 @@ needs_hotcoco = pytest.mark.skipif(HOTCOCO is None, reason="the extra 'fast' is 
 
 
 def scenes(seed, images=8, classes=4, ties=True, most=20):
-    """A COCO dict and the detections (image id, Instances), with all that matching turns on.
+    """A COCO dict and detections (image id, Instances), with every edge case of matching.
 
-    Sides of 32 and 96 (areas on the limits), equal boxes, scores from few values, crowds, classes
+    Areas exactly on COCO's limits (sides of 32 and 96), equal boxes, equal scores, crowds, classes
     without boxes, images without boxes or detections, ids that are neither sorted nor contiguous.
     """
     rng = np.random.default_rng(seed)
@@ -49,7 +46,7 @@ def scenes(seed, images=8, classes=4, ties=True, most=20):
                     "image_id": image,
                     "category_id": category_ids[int(rng.integers(0, classes - 1))],
                     "bbox": box.tolist(),
-                    # by the box, or of a mask: on the limits, a bit over them, none
+                    # the box's area, or another one as of a mask: on a limit, just over it, 0
                     "area": float(rng.choice([box[2] * box[3], 32**2, 96**2, 96**2 + 1e-9, 0])),
                     "iscrowd": int(rng.random() < 0.2),
                 }
@@ -80,7 +77,7 @@ def scenes(seed, images=8, classes=4, ties=True, most=20):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """dataset(contents) registers a COCO dict under NAME."""
+    """dataset(contents) registers a COCO dict as NAME."""
 
     def write(contents):
         path = tmp_path / "set.json"
@@ -98,9 +95,9 @@ def dataset(tmp_path):
 
 
 def evaluator_of(cls, detections, output_dir=None, **options):
-    """The evaluator after it has seen the detections."""
-    if cls is COCOEvaluator:
-        options["tasks"] = ("bbox",)
+    """The evaluator after it processed the detections; COCOEvaluator is pycocotools'."""
+    if issubclass(cls, COCOEvaluator):
+        options |= {"tasks": ("bbox",), "use_fast_impl": False}
     evaluator = cls(NAME, output_dir=output_dir and str(output_dir), **options)
     evaluator.reset()
     for image_id, instances in detections:
@@ -109,7 +106,7 @@ def evaluator_of(cls, detections, output_dir=None, **options):
 
 
 def assert_equal(results, expected):
-    """To the bit, in the same order, NaN where NaN is."""
+    """To the bit, in the same order; NaN equals NaN."""
     assert list(results) == list(expected)
     assert list(results["bbox"]) == list(expected["bbox"])
     np.testing.assert_array_equal(
@@ -120,53 +117,66 @@ def assert_equal(results, expected):
 @needs_hotcoco
 @pytest.mark.parametrize("ties", [True, False])
 @pytest.mark.parametrize("options", [{}, {"max_dets_per_image": 5}, {"max_dets_per_image": 300}])
-def test_the_numbers_are_detectron2s(dataset, caplog, ties, options):
-    """Every metric and every class, over random scenes, without a fallback."""
-    caplog.set_level(logging.INFO, "retina_plugin")
+def test_metrics_equal_detectron2s(dataset, caplog, ties, options):
+    """Every metric of every class on random scenes, computed by hotcoco."""
+    caplog.set_level(logging.DEBUG, "retina_plugin")
     for seed in range(8):
         contents, detections = scenes(seed, ties=ties)
         dataset(contents)
-        expected = evaluator_of(COCOEvaluator, detections, use_fast_impl=False, **options)
+        expected = evaluator_of(COCOEvaluator, detections, **options)
         fast = evaluator_of(FastCOCOEvaluator, detections, **options)
         caplog.clear()
         assert_equal(fast.evaluate(), expected.evaluate())
         assert "Evaluating with hotcoco" in caplog.text
         first, second = (image["id"] for image in contents["images"][:2])
-        # a new one: Detectron2's can evaluate only once what it has been given
-        expected = evaluator_of(COCOEvaluator, detections, use_fast_impl=False, **options)
-        wanted = [second, first, second]
-        assert_equal(fast.evaluate(img_ids=wanted), expected.evaluate(img_ids=wanted))
+        # a new evaluator: Detectron2's can evaluate its predictions only once
+        expected = evaluator_of(COCOEvaluator, detections, **options)
+        subset = [second, first, second]
+        assert_equal(fast.evaluate(img_ids=subset), expected.evaluate(img_ids=subset))
+
+
+class KeepsSummary:
+    """Mixed into an evaluator: keeps the COCOeval object that its metrics are derived from."""
+
+    def _derive_coco_results(self, coco_eval, *args, **kwargs):
+        self.summary = coco_eval
+        return super()._derive_coco_results(coco_eval, *args, **kwargs)
+
+
+class FastWithSummary(KeepsSummary, FastCOCOEvaluator):
+    pass
+
+
+class SlowWithSummary(KeepsSummary, COCOEvaluator):
+    pass
 
 
 @needs_hotcoco
 @pytest.mark.parametrize("most", [20, 260])
-def test_all_statistics_and_arrays(dataset, most):
-    """The 12 statistics and the precision, recall and score arrays are pycocotools'."""
+def test_statistics_and_arrays_equal_pycocotools(dataset, most):
+    """All 12 statistics, recall too, and the arrays of precision, recall and scores."""
     for seed in range(6):
         contents, detections = scenes(seed, ties=seed % 2 == 0, most=most)
-        path = dataset(contents)
-        evaluator = evaluator_of(FastCOCOEvaluator, detections)
-        predictions = evaluator._predictions
-        category_ids = evaluator._category_ids(predictions)
-        summary = evaluator._summarize(predictions, category_ids, None)
-        results = [r for p in predictions for r in p.to_json(category_ids)]
-        truth = COCO(str(path))
-        direct = _evaluate_predictions_on_coco(truth, results, "bbox", cocoeval_fn=COCOeval)
-        assert np.array_equal(summary.stats, direct.stats) and len(direct.stats) == 12
+        dataset(contents)
+        evaluators = [evaluator_of(cls, detections) for cls in (FastWithSummary, SlowWithSummary)]
+        for evaluator in evaluators:
+            evaluator.evaluate()
+        fast, slow = (evaluator.summary for evaluator in evaluators)
+        assert np.array_equal(fast.stats, slow.stats) and len(slow.stats) == 12
         for array in ("precision", "recall", "scores"):
-            assert np.array_equal(summary.eval[array], direct.eval[array])
-        assert 0 < direct.stats[0] < 1  # neither trivial
+            assert np.array_equal(fast.eval[array], slow.eval[array])
+        assert 0 < slow.stats[0] < 1  # not trivial
 
 
 @pytest.mark.parametrize("with_orjson", [True, False])
-def test_the_file_is_detectron2s(dataset, tmp_path, monkeypatch, with_orjson):
-    """The same list of results, number by number; NaN is written as Detectron2 writes it."""
+def test_written_file_equals_detectron2s(dataset, tmp_path, monkeypatch, with_orjson):
+    """The same list of results, number by number; NaN is written as NaN."""
     if not with_orjson:
         monkeypatch.setattr("retina_plugin.evaluation.detections.orjson", None)
     elif orjson is None:
         pytest.skip("the extra 'fast' is not installed")
     contents, detections = scenes(1, ties=False)
-    del contents["annotations"]  # as test-dev: the file is the result
+    del contents["annotations"]  # as in test-dev
     dataset(contents)
     detections[0][1].pred_boxes.tensor[0, 0] = torch.nan
     detections[2][1].scores = detections[2][1].scores.bfloat16()
@@ -183,16 +193,16 @@ def test_the_file_is_detectron2s(dataset, tmp_path, monkeypatch, with_orjson):
     assert json.loads(fast.replace("NaN", "null")) == json.loads(slow.replace("NaN", "null"))
 
 
-def not_installed(monkeypatch, contents, detections):
+def hotcoco_not_installed(monkeypatch, contents, detections):
     monkeypatch.setattr(coco, "hotcoco", None)
 
 
-def id_zero(monkeypatch, contents, detections):
+def annotation_id_0(monkeypatch, contents, detections):
     for annotation in contents["annotations"]:
         annotation["id"] -= 1
 
 
-def names_as_ids(monkeypatch, contents, detections):
+def image_ids_are_names(monkeypatch, contents, detections):
     for record in contents["images"]:
         record["id"] = f"image {record['id']}"
     for annotation in contents["annotations"]:
@@ -200,34 +210,33 @@ def names_as_ids(monkeypatch, contents, detections):
     detections[:] = [(f"image {image}", instances) for image, instances in detections]
 
 
-def one_id_twice(monkeypatch, contents, detections):
+def same_id_twice(monkeypatch, contents, detections):
     contents["annotations"][1]["id"] = contents["annotations"][0]["id"]
 
 
-def not_a_number(monkeypatch, contents, detections):
+def score_is_nan(monkeypatch, contents, detections):
     detections[0][1].scores[0] = torch.nan
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (not_installed, "`import hotcoco` fails, pip install"),
-        pytest.param(id_zero, "an annotation has id 0", marks=needs_hotcoco),
-        pytest.param(names_as_ids, "ids are not whole numbers", marks=needs_hotcoco),
-        pytest.param(one_id_twice, "two annotations have one id", marks=needs_hotcoco),
-        pytest.param(not_a_number, "a detection isn't finite", marks=needs_hotcoco),
+        (hotcoco_not_installed, "`import hotcoco` fails, pip install"),
+        pytest.param(annotation_id_0, "an annotation has id 0", marks=needs_hotcoco),
+        pytest.param(image_ids_are_names, "ids are not whole numbers", marks=needs_hotcoco),
+        pytest.param(same_id_twice, "two annotations have the same id", marks=needs_hotcoco),
+        pytest.param(score_is_nan, "a detection is not finite", marks=needs_hotcoco),
     ],
 )
-def test_pycocotools_where_hotcoco_would_not_do(dataset, monkeypatch, caplog, change, reason):
-    """The numbers stay Detectron2's, and the log says which library it was and why."""
+def test_falls_back_to_pycocotools(dataset, monkeypatch, caplog, change, reason):
+    """Where hotcoco would differ: the metrics stay equal, and the log says the reason."""
     contents, detections = scenes(2)
     change(monkeypatch, contents, detections)
     dataset(contents)
-    caplog.set_level(logging.INFO, "retina_plugin")
+    caplog.set_level(logging.DEBUG, "retina_plugin")
     results = evaluator_of(FastCOCOEvaluator, detections).evaluate()
     assert f"Evaluating with pycocotools: {reason}" in caplog.text
-    expected = evaluator_of(COCOEvaluator, detections, use_fast_impl=False).evaluate()
-    assert_equal(results, expected)
+    assert_equal(results, evaluator_of(COCOEvaluator, detections).evaluate())
 
 
 @needs_hotcoco
@@ -241,8 +250,8 @@ def test_pycocotools_where_hotcoco_would_not_do(dataset, monkeypatch, caplog, ch
         {"categories": {"name": None, "supercategory": 5, "keypoints": None}},
     ],
 )
-def test_files_that_only_pycocotools_reads(dataset, caplog, odd):
-    """What matching doesn't read may be anything: hotcoco never sees it."""
+def test_fields_that_hotcoco_rejects_do_not_matter(dataset, caplog, odd):
+    """hotcoco gets only the fields that matching reads."""
     contents, detections = scenes(4)
     for key, value in odd.items():
         if key in ("info", "licenses"):
@@ -250,23 +259,24 @@ def test_files_that_only_pycocotools_reads(dataset, caplog, odd):
         else:
             contents[key][0] |= value
     dataset(contents)
-    caplog.set_level(logging.INFO, "retina_plugin")
+    caplog.set_level(logging.DEBUG, "retina_plugin")
     results = evaluator_of(FastCOCOEvaluator, detections).evaluate()
     assert "Evaluating with hotcoco" in caplog.text
-    assert_equal(results, evaluator_of(COCOEvaluator, detections, use_fast_impl=False).evaluate())
+    assert_equal(results, evaluator_of(COCOEvaluator, detections).evaluate())
 
 
-def test_a_broken_extra_is_like_none(tmp_path, monkeypatch):
-    """A compiled module of another system raises ImportError: importing us must not."""
-    (tmp_path / "of_another_system.py").write_text("raise ImportError('GLIBC_2.99 not found')")
+def test_broken_extra_counts_as_not_installed(tmp_path, monkeypatch):
+    """A module that was compiled for another system raises ImportError; the package does not."""
+    (tmp_path / "for_another_system.py").write_text("raise ImportError('GLIBC_2.99 not found')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert optional("of_another_system") is None and optional("not_there_at_all") is None
-    assert optional("json") is json
+    assert optional_import("for_another_system") is None
+    assert optional_import("not_installed_at_all") is None
+    assert optional_import("json") is json
 
 
 @pytest.mark.parametrize("missing", ["bbox", "area", "iscrowd"])
-def test_an_incomplete_annotation_is_not_guessed_at(dataset, missing):
-    """It is pycocotools' error, with the field's name."""
+def test_incomplete_annotation_raises(dataset, missing):
+    """The same KeyError as pycocotools'; hotcoco would assume a value."""
     contents, detections = scenes(2)
     del contents["annotations"][3][missing]
     dataset(contents)
@@ -274,47 +284,38 @@ def test_an_incomplete_annotation_is_not_guessed_at(dataset, missing):
         evaluator_of(FastCOCOEvaluator, detections).evaluate()
 
 
-def test_what_is_not_evaluated_may_be_incomplete(dataset):
-    """A box that is missing in an image that isn't asked for: pycocotools doesn't look at it."""
+def test_incomplete_annotation_of_another_image_does_not_raise(dataset):
+    """pycocotools reads only the annotations of the images to evaluate."""
     contents, detections = scenes(2)
     first = contents["annotations"][0]
     del first["bbox"]
     dataset(contents)
-    wanted = [image["id"] for image in contents["images"] if image["id"] != first["image_id"]]
+    others = [image["id"] for image in contents["images"] if image["id"] != first["image_id"]]
     results = [
-        evaluator_of(cls, detections, **options).evaluate(img_ids=wanted)
-        for cls, options in ((FastCOCOEvaluator, {}), (COCOEvaluator, {"use_fast_impl": False}))
+        evaluator_of(cls, detections).evaluate(img_ids=others)
+        for cls in (FastCOCOEvaluator, COCOEvaluator)
     ]
     assert_equal(*results)
 
 
-def test_use_fast_false_is_pycocotools(dataset, caplog):
-    """Asked for by whoever constructs it."""
-    contents, detections = scenes(3)
-    dataset(contents)
-    caplog.set_level(logging.INFO, "retina_plugin")
-    evaluator_of(FastCOCOEvaluator, detections, use_fast=False).evaluate()
-    assert "Evaluating with pycocotools: use_fast is False" in caplog.text
-
-
-def test_nothing_was_processed(dataset):
-    """An empty loader: no results, as Detectron2 has it."""
+def test_no_images_give_no_results(dataset):
+    """An empty data loader, as in Detectron2."""
     dataset(scenes(0)[0])
     assert evaluator_of(FastCOCOEvaluator, []).evaluate() == {}
 
 
-def test_nothing_was_detected(dataset, tmp_path):
-    """NaN for each metric, and an empty file."""
+def test_no_detections_give_nan(dataset, tmp_path):
+    """Every metric is NaN, and the file is an empty list."""
     contents, detections = scenes(0)
     dataset(contents)
-    nothing = [(image, instances[:0]) for image, instances in detections]
-    results = evaluator_of(FastCOCOEvaluator, nothing, tmp_path).evaluate()
-    expected = evaluator_of(COCOEvaluator, nothing).evaluate()
+    empty = [(image, instances[:0]) for image, instances in detections]
+    results = evaluator_of(FastCOCOEvaluator, empty, tmp_path).evaluate()
+    expected = evaluator_of(COCOEvaluator, empty).evaluate()
     assert_equal(results, expected)
     assert (tmp_path / "coco_instances_results.json").read_text() == "[]"
 
 
-def test_a_class_that_the_dataset_has_not(dataset):
+def test_unknown_class_raises(dataset):
     """One line that names the number of classes to set."""
     contents, detections = scenes(4)
     contents["categories"].pop()
@@ -323,8 +324,8 @@ def test_a_class_that_the_dataset_has_not(dataset):
         evaluator_of(FastCOCOEvaluator, detections).evaluate()
 
 
-def test_an_image_that_the_dataset_has_not(dataset):
-    """One line that names it."""
+def test_unknown_image_raises(dataset):
+    """One line that names the image."""
     contents, detections = scenes(4)
     dataset(contents)
     detections = [(12345, instances) for _, instances in detections]
@@ -333,8 +334,8 @@ def test_an_image_that_the_dataset_has_not(dataset):
 
 
 @pytest.mark.parametrize("extra", ["pred_masks", "pred_keypoints", "proposals"])
-def test_what_is_not_boxes_is_refused(dataset, extra):
-    """Masks, keypoints and proposals would go unseen; the message names the other evaluator."""
+def test_masks_keypoints_and_proposals_raise(dataset, extra):
+    """The message names the evaluator that reads them."""
     contents, detections = scenes(4)
     dataset(contents)
     image_id, instances = max(detections, key=lambda d: len(d[1]))
@@ -348,8 +349,8 @@ def test_what_is_not_boxes_is_refused(dataset, extra):
         evaluator.process([{"image_id": image_id}], [output])
 
 
-def test_predictions_are_left_alone(dataset):
-    """The model's instances are not changed, nor is what process keeps by evaluate."""
+def test_instances_and_predictions_are_not_changed(dataset):
+    """``process`` does not change the model's instances; ``evaluate`` can be called twice."""
     contents, detections = scenes(5)
     dataset(contents)
     evaluator = FastCOCOEvaluator(NAME)

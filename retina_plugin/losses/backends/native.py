@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retina_plugin.cache import cache_root, written_whole
+from retina_plugin.cache import atomic_write, cache_root
 from retina_plugin.losses.classification import (
     ClassificationLoss,
     FocalLoss,
@@ -159,7 +159,7 @@ def _build(compiler: list[str]) -> Path:
     if path.is_file():
         return path
     logger.info("Compiling %s with %s", _SOURCE.name, " ".join(compiler))
-    with written_whole(path) as built:
+    with atomic_write(path) as built:
         for tuning in _TUNING:
             command = [*compiler, *_FLAGS, *tuning, str(_SOURCE), "-o", str(built)]
             result = subprocess.run(command, capture_output=True, text=True)
