@@ -1,9 +1,11 @@
-"""Weights for the small model of the embedded digits: ``MODEL.WEIGHTS: digits://backbone.pkl``.
+"""Pretrained weights for the embedded digits: ``MODEL.WEIGHTS: digits://backbone.pkl``.
 
-The paper fine-tunes backbones that were trained to classify ImageNet (section 4.1,
-"Optimization"). The same in small: ResNet-18 of half width learns to tell the digits of the
-training scenes apart, one to a crop; no box, anchor or loss of the paper is involved. The weights
-are written at first use and kept.
+The paper starts from backbones that were trained to classify ImageNet (section 4.1,
+"Initialization"). Here, the half-width ResNet-18 of ``configs/_base_/digits_R18.yaml`` is trained
+to classify crops of the training scenes, one digit each, with a softmax cross entropy. The weights
+are written to the cache at first use.
+
+Importing this module registers the path, so a config names it in ``IMPORTS``.
 """
 
 from __future__ import annotations
@@ -18,32 +20,32 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.utils.file_io import PathHandler, PathManager
 from torch import Tensor, nn
 
 from retina_plugin.cache import atomic_write, cache_root
-from retina_plugin.config import add_retina_config
 from retina_plugin.data import digits
+from retina_plugin.engine import setup_cfg
 from retina_plugin.modeling.backbone import build_retina_fpn_backbone
 
 __all__ = ["pretrain_backbone"]
 
 logger = logging.getLogger("retina_plugin")
 
-_SIDE = 64  # of a crop, in pixels
+_SIDE = 64  # of a crop (pixels)
 _ITERATIONS, _BATCH, _LEARNING_RATE = 400, 64, 0.1
-_VERSION = 1  # of everything below: raise it whenever the weights change
+_VERSION = 1  # raise it whenever a change to this file changes the weights
 
 
 def pretrain_backbone(path: Path, iterations: int = _ITERATIONS) -> float:
-    """Train the backbone of ``configs/_base_/digits_R18.yaml`` to classify; write a checkpoint.
+    """Train the backbone of ``configs/_base_/digits_R18.yaml`` to classify, and write a checkpoint.
 
     Args:
-        path: of the file, in the format of Detectron2's model zoo; it appears whole or not at all.
-        iterations: of SGD with momentum .9 and a one-cycle schedule.
+        path: file to write, in the format of Detectron2's model zoo.
+        iterations: steps of SGD with momentum .9 and a one-cycle schedule.
 
     Returns:
         The mean cross entropy of the last tenth of the iterations.
@@ -51,10 +53,12 @@ def pretrain_backbone(path: Path, iterations: int = _ITERATIONS) -> float:
     crops_N, labels_N = _crops(DatasetCatalog.get("digits_scenes_train"))
     logger.info("Training a backbone to classify %d crops, once, for %s", len(crops_N), path)
     cfg = _model_cfg()
-    mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (cfg.MODEL.PIXEL_MEAN, _PIXEL_STD))
+    mean, std = (
+        torch.tensor(x).view(1, -1, 1, 1) for x in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    )
     losses = []
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)  # the same weights for every training that starts from them
+        torch.manual_seed(0)  # all trainings start from the same weights
         backbone = build_retina_fpn_backbone(cfg, ShapeSpec(channels=3)).bottom_up.train()
         classifier = nn.Linear(backbone.output_shape()["res5"].channels, len(digits.CLASSES))
         parameters = [*backbone.parameters(), *classifier.parameters()]
@@ -75,26 +79,20 @@ def pretrain_backbone(path: Path, iterations: int = _ITERATIONS) -> float:
     return float(np.mean(losses[-max(1, iterations // 10) :]))
 
 
-_PIXEL_STD = [57.375, 57.120, 58.395]  # that of the config that the weights are for
-
-
-def _model_cfg() -> Any:
-    cfg = add_retina_config(get_cfg())
-    cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    resnets = cfg.MODEL.RESNETS
-    resnets.DEPTH, resnets.NORM = 18, "BN"
-    resnets.STEM_OUT_CHANNELS = resnets.RES2_OUT_CHANNELS = 32
-    resnets.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
-    return cfg
+def _model_cfg() -> CfgNode:
+    # Building the pyramid draws random numbers before the classifier does. Its own weights are not
+    # kept, but another width would change the weights of version 1.
+    pyramid = ["MODEL.FPN.OUT_CHANNELS", "256", "MODEL.FPN.NORM", ""]
+    return setup_cfg("_base_/digits_R18.yaml", pyramid)
 
 
 def _crops(records: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """(N, 3, 64, 64) uint8 BGR around each object, not quite centred, and (N,) classes."""
+    """(N, 3, 64, 64) uint8 BGR crops around the objects, a little off centre; (N,) classes."""
     rng = np.random.default_rng(0)
     crops, labels = [], []
     for record in records:
         image = cv2.imread(record["file_name"])
-        assert image is not None  # this package has written it
+        assert image is not None  # retina_plugin.data.digits wrote it
         for annotation in record["annotations"]:
             x, y, w, h = annotation["bbox"]
             side = max(w, h) * rng.uniform(1.1, 1.6)
@@ -112,15 +110,15 @@ def _write(path: Path, state: dict[str, Tensor]) -> None:
     checkpoint = {
         "model": {name: tensor.numpy() for name, tensor in state.items()},
         "__author__": "retina_plugin",
-        "matching_heuristics": False,  # names are the detector's own
+        "matching_heuristics": False,  # the names are those of the detector's state dict
     }
     with atomic_write(path) as part:
         part.write_bytes(pickle.dumps(checkpoint))
-        part.chmod(0o644)  # whatever the umask: the cache may be shared
+        part.chmod(0o644)  # readable for everybody who shares the cache
 
 
 class _DigitsHandler(PathHandler):
-    """digits://backbone.pkl is a file of the cache."""
+    """Resolves digits://backbone.pkl to a file of the cache, and trains it if it is missing."""
 
     PREFIX = "digits://"
 
@@ -129,7 +127,7 @@ class _DigitsHandler(PathHandler):
 
     def _get_local_path(self, path: str, **kwargs: Any) -> str:
         if path != f"{self.PREFIX}backbone.pkl":
-            raise FileNotFoundError(f"{path}: there is {self.PREFIX}backbone.pkl only")
+            raise FileNotFoundError(f"{path}: the only file is {self.PREFIX}backbone.pkl")
         made_of = [_VERSION, digits.SPEC.digest, _SIDE, _ITERATIONS, _BATCH, _LEARNING_RATE]
         digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
         local = cache_root() / f"digits_backbone-{digest}.pkl"

@@ -1,6 +1,6 @@
-"""What was measured, as JSON and as a page.
+"""The results of all runs: ``docs/ledger.json``, and ``docs/ledger.md`` with their tables.
 
-``python -m reproduction.ledger`` writes docs/ledger.md from docs/ledger.json again.
+``python -m reproduction.ledger`` writes the page again from the JSON.
 """
 
 from __future__ import annotations
@@ -12,30 +12,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from reproduction.paper import Row, Table, checkout, load_paper
+from reproduction.paper import Claim, Row, Table, checkout, load_claims, load_paper
 
 __all__ = ["Ledger", "summary"]
 
+LEDGER = checkout() / "docs" / "ledger.json"
+
 _HEADER = """# Ledger
 
-Rows of the paper's tables beside what was measured with this code. Written by
-`python -m reproduction.reproduce`; do not edit it by hand.
+The paper's AP, and the AP that this code reached. `python -m reproduction.reproduce` writes this
+page; do not edit it by hand.
 """
 
 _SCALES = {
     "paper": """## Paper scale
 
-The rows as they are: COCO, the paper's models and schedule. No row has been run yet where nothing
-is listed.
+COCO, with the paper's models and schedule. A row that is not listed has not been run yet.
 """,
     "mini": """## Mini scale
 
-The rows' losses, samplers and anchors on the small model and the embedded digits of
-`reproduction/mini.yaml`, from a backbone that has learned to classify digits, as the paper's has
-learned ImageNet. AP is COCO's on the 200 images of `digits_scenes_val` and is not to be compared
-with the paper's by its height: what counts is the order within a table.
+Each row's loss, sampler and anchors on a small model and the embedded digits
+(`reproduction/mini.yaml`). The backbone was first trained to classify digits, as the paper's was
+trained on ImageNet. AP is COCO's, on the 200 images of `digits_scenes_val`. Compare the order of
+the rows of a table, not their AP with the paper's: the images and the model are different.
 """,
 }
 
@@ -44,11 +43,13 @@ class Ledger:
     """The results of all runs, by scale and run key, in one JSON file.
 
     Args:
-        path: the JSON; the page is written beside it, with the ending .md.
+        path: the JSON file; the page is written beside it, with the suffix .md.
+        claims: the orderings that the page looks for; None for those of ``docs/paper.yaml``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path = LEDGER, claims: Sequence[Claim] | None = None) -> None:
         self.path = path
+        self.claims = load_claims() if claims is None else claims
         self._data: dict[str, dict[str, dict[str, Any]]] = {}
         self._read()
 
@@ -61,11 +62,11 @@ class Ledger:
         return self._data.get(scale, {})
 
     def record(self, scale: str, key: str, result: dict[str, Any]) -> None:
-        """Add a result and write both files, so that nothing is lost if the rest is cut off."""
+        """Add a result and write both files at once: an interruption loses no finished run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with (self.path.parent / f".{self.path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            self._read()  # another command may have recorded something meanwhile
+            self._read()  # another process may have added results
             self._data.setdefault(scale, {})[key] = result
             partial = self.path.with_suffix(".partial")
             partial.write_text(json.dumps(self._data, indent=1, sort_keys=True) + "\n")
@@ -73,7 +74,7 @@ class Ledger:
             self.write_page()
 
     def add_rows(self, scale: str, key: str, rows: Sequence[str]) -> None:
-        """Say of a result that it is that of these rows, too."""
+        """Note that a result is also the result of these rows."""
         result = self.runs(scale)[key]
         if not set(rows) <= set(result["rows"]):
             self.record(scale, key, {**result, "rows": sorted({*result["rows"], *rows})})
@@ -86,11 +87,11 @@ class Ledger:
             if measured:
                 tables = load_paper().values()
                 pages += [introduction, *(_table(t, measured, scale) for t in tables)]
-                pages.append(_claims(measured) if scale == "mini" else "")
+                pages.append(_claims(self.claims, measured) if scale == "mini" else "")
         self.path.with_suffix(".md").write_text("\n".join(p for p in pages if p))
 
     def _by_row(self, scale: str) -> dict[str, list[dict[str, Any]]]:
-        """ "TABLE ROW" -> results of its seeds. A run says itself which rows it is."""
+        """ "TABLE ROW" -> the results of its seeds."""
         rows: dict[str, list[dict[str, Any]]] = {}
         for _, result in sorted(self.runs(scale).items()):
             for row in result["rows"]:
@@ -99,7 +100,7 @@ class Ledger:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """One line of a result."""
+    """A result in one line."""
     if "diverged_at" in result:
         return f"diverged at iteration {result['diverged_at']}"
     numbers = ", ".join(f"{k} {result[k]:.1f}" for k in ("AP", "AP50", "AP75") if k in result)
@@ -107,20 +108,21 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def _table(table: Table, measured: dict[str, list[dict[str, Any]]], scale: str) -> str:
-    rows = [r for r in table.rows if f"{r.table} {r.name}" in measured]
+    rows = [row for row in table.rows if str(row) in measured]
     if not rows:
         return ""
     split = table.split if scale == "paper" else "digits_scenes_val"
+    where = f"Table {table.key}" if table.key != "5.1" else "Section 5.1"
     lines = [
-        f"### Table {table.key}: {table.title}" if table.key != "5.1" else f"### {table.title}",
+        f"### {where}: {table.title}",
         "",
-        f"Paper: AP on {table.split}. Here: mean over seeds on {split}; spread is largest minus "
-        "smallest.",
+        f"Paper ({table.section}): AP on {table.split}. Here: mean AP of the seeds on {split}. The "
+        "spread is the largest AP of the seeds minus the smallest.",
         "",
         "| row | paper AP | AP | difference | AP50 | AP75 | seeds | spread | minutes | commit |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [_row(row, measured[f"{row.table} {row.name}"]) for row in rows]
+    lines += [_row(row, measured[str(row)]) for row in rows]
     return "\n".join([*lines, ""])
 
 
@@ -145,36 +147,29 @@ def _row(row: Row, results: Sequence[dict[str, Any]]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _claims(measured: dict[str, list[dict[str, Any]]]) -> str:
-    """The orderings that the paper found, and whether they show here."""
-    text = (checkout() / "docs" / "paper.yaml").read_text(encoding="utf-8")
+def _claims(claims: Sequence[Claim], measured: dict[str, list[dict[str, Any]]]) -> str:
+    """The orderings that the paper reports, and whether the results here show them."""
     lines = [
-        "### The paper's orderings at this scale",
+        "### Which of the paper's orderings show at this scale",
         "",
-        "| claim | better row | the other | shows |",
+        "| the paper's claim | better row | compared with | does it show? |",
         "|---|---|---|---|",
     ]
     notes = []
-    for claim in yaml.safe_load(text).get("claims", []):
-        measure = claim.get("measure", "AP")
-        others = claim["worse"] if isinstance(claim["worse"], list) else [claim["worse"]]
-        others = [row for row in others if row in measured]
-        better = measured.get(claim["better"], [])
-        if not better or not others:
+    for claim in claims:
+        others = [row for row in claim.worse if row in measured]
+        if claim.better not in measured or not others:
             continue
-        # of several others, the claim is about the best one measured
         other = max(others, key=lambda row: _mean(measured[row], "AP") or 0.0)
-        worse = measured[other]
-        values = [_mean(results, measure) for results in (better, worse)]
-        verdict = _shows(claim, values, [better, worse])
-        shown = ["diverged" if v is None else f"{v:.1f}" for v in values]
-        name = "" if measure == "AP" else f"{measure.replace('_', ' ')} "
-        lines.append(
-            f"| {claim['text']} | {claim['better']}: {name}{shown[0]} "
-            f"| {other}: {name}{shown[1]} | {verdict} |"
-        )
-        if "note" in claim:
-            notes.append(f"- {claim['text']}: {' '.join(claim['note'].split())}")
+        results = measured[claim.better], measured[other]
+        name = "" if claim.measure == "AP" else f"{claim.measure.replace('_', ' ')} "
+        cells = [claim.text]
+        for row, of_row in zip((claim.better, other), results):
+            value = _mean(of_row, claim.measure)
+            cells.append(f"{row}: {name}" + ("diverged" if value is None else f"{value:.1f}"))
+        lines.append(f"| {' | '.join(cells)} | {_verdict(claim, *results)} |")
+        if claim.note:
+            notes.append(f"- {claim.text}: {claim.note}")
     return "\n".join([*lines, "", *notes, ""])
 
 
@@ -183,28 +178,28 @@ def _mean(results: Sequence[dict[str, Any]], measure: str) -> float | None:
     return statistics.mean(values) if values else None
 
 
-def _shows(
-    claim: dict[str, Any], values: Sequence[float | None], results: Sequence[Sequence[dict]]
+def _verdict(
+    claim: Claim, better_results: Sequence[dict[str, Any]], worse_results: Sequence[dict[str, Any]]
 ) -> str:
-    better, worse = values
+    better, worse = (_mean(r, claim.measure) for r in (better_results, worse_results))
     if worse is None and better is not None:
         return "yes: the other diverged"
     if better is None or worse is None:
         return "no: diverged"
-    if "within" in claim:
-        close = abs(better - worse) <= claim["within"]
-        return f"{'yes' if close else '**no**'}: {better - worse:+.1f} (within {claim['within']})"
-    if claim.get("measure") == "early_loss":  # of which less is better
+    if claim.within is not None:
+        close = abs(better - worse) <= claim.within
+        return f"{'yes' if close else '**no**'}: {better - worse:+.1f} (within {claim.within})"
+    if claim.measure == "early_loss":
         return f"{'yes' if better < worse else '**no**'}: {worse / better:.0f}x"
-    spreads = [max(v) - min(v) for v in ([r["AP"] for r in rs if "AP" in r] for rs in results)]
+    seeds = [[r["AP"] for r in results if "AP" in r] for results in (better_results, worse_results)]
+    largest_spread = max(max(ap) - min(ap) for ap in seeds)
     difference = better - worse
-    word = "yes" if difference > 0 else "**no**"
-    doubt = ", within the seeds' spread" if abs(difference) <= max(spreads) else ""
-    return f"{word}: {difference:+.1f}{doubt}"
+    doubt = ", within the seeds' spread" if abs(difference) <= largest_spread else ""
+    return f"{'yes' if difference > 0 else '**no**'}: {difference:+.1f}{doubt}"
 
 
 def main() -> None:
-    ledger = Ledger(checkout() / "docs" / "ledger.json")
+    ledger = Ledger()
     ledger.write_page()
     print(f"ledger: {ledger.path.with_suffix('.md')}")
 

@@ -1,11 +1,12 @@
-"""Train and evaluate rows of the paper's tables and write what was measured beside what it printed.
+"""Train and evaluate rows of the paper's tables, and compare their AP with the paper's.
 
     python -m reproduction.reproduce 1b --scale mini --rows "gamma=2" --seeds 1
     python -m reproduction.reproduce all --scale paper --dry-run
 
-Each run is ``train_net.py`` in a process of its own. A finished run is in the ledger and is not run
-again; one that was cut off goes on from its last checkpoint. At the scale "mini" a row's loss,
-sampler and anchors are put on the small model and the embedded data of reproduction/mini.yaml.
+Each run is a process of ``train_net.py``. Its result goes into the ledger, docs/ledger.json and
+docs/ledger.md. A run that is in the ledger is not run again; an interrupted one resumes from its
+last checkpoint. At the scale "mini", a row's loss, sampler and anchors are tried on a small model
+and the embedded digits (reproduction/mini.yaml).
 """
 
 from __future__ import annotations
@@ -24,19 +25,26 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from reproduction import ledger
-from reproduction.paper import checkout
+from reproduction.ledger import LEDGER, Ledger, summary
+from reproduction.paper import METRICS, checkout
 from reproduction.plan import Run, plan, select_rows
 from retina_plugin.engine import check_weights, setup_cfg
 from retina_plugin.engine.report import read_metrics
 from retina_plugin.errors import ConfigError
 
-_ATTEMPT = "##### "  # begins each start of a run in its console.txt
-_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_ATTEMPT = "##### "  # a run's console.txt has this line before the output of each process
 
 
 def start(run: Run, output: Path, scale: str, slot: int, jobs: int) -> None:
-    """Start the run's process; it goes on from its last checkpoint if there is one."""
+    """Start the run's process. It resumes from the run's last checkpoint if there is one.
+
+    Args:
+        run: what to train.
+        output: the run's folder is ``output/<scale>/<key>``.
+        scale: "paper" runs use all GPUs, "mini" runs one each.
+        slot: 0 to ``jobs`` - 1, different for runs at the same time: chooses the GPU.
+        jobs: runs at the same time: they share the CPU's cores.
+    """
     run.folder = output / scale / run.key
     run.folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(checkout() / "train_net.py"), "--config-file", str(run.config)]
@@ -47,11 +55,11 @@ def start(run: Run, output: Path, scale: str, slot: int, jobs: int) -> None:
         if gpus:
             visible = env.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
             env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
-        # several programs with several threads each slow each other down by more than they gain
+        # more threads than cores would slow every run down
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     command += ["--resume", *run.opts, "OUTPUT_DIR", str(run.folder)]
     run.started = time.monotonic()
-    with (run.folder / "commits.txt").open("a") as commits:  # a resumed run may have several
+    with (run.folder / "commits.txt").open("a") as commits:  # a resumed run has several
         commits.write(f"{commit()}\n")
     with (run.folder / "console.txt").open("a") as console:
         console.write(f"{_ATTEMPT}{' '.join(command)}\n")
@@ -67,50 +75,52 @@ def start(run: Run, output: Path, scale: str, slot: int, jobs: int) -> None:
 
 
 def outcome(run: Run) -> dict[str, Any] | None:
-    """What a run that has ended measured; None if it failed other than by diverging."""
+    """The result of a run that has ended; None if it failed.
+
+    A training that diverges is a result: it has "diverged_at", the iteration, instead of "AP". The
+    other entries are its rows, its overrides, the commits that trained it, its time ("seconds") and
+    the first, largest and last logged classification loss.
+    """
     assert run.process is not None
     console = (run.folder / "console.txt").read_text(errors="replace").split(_ATTEMPT)[-1]
     commits = dict.fromkeys((run.folder / "commits.txt").read_text().split())
     result: dict[str, Any] = {"rows": run.rows, "opts": run.opts, "commit": " ".join(commits)}
     series = read_metrics(run.folder / "metrics.json") if run.iteration() else {}
-    # of the whole training where its log tells: this process may have resumed another's
+    # the log covers the whole training; this process may have resumed it
     times = [seconds for _, seconds in series.get("time", [])]
     result["seconds"] = round(
         sum(times) / len(times) * run.max_iter if times else time.monotonic() - run.started
     )
     if "loss_cls" in series:
         losses = [loss for _, loss in series["loss_cls"]]
-        # a loss that blows up and stays finite shows in the largest
+        # the largest shows a loss that blew up but stayed finite
         result |= {"early_loss": losses[0], "largest_loss": max(losses), "final_loss": losses[-1]}
     diverged = re.search(r"Loss became infinite or NaN at iteration=(\d+)", console)
     if diverged:
         return {**result, "diverged_at": int(diverged[1])}
     if run.process.returncode != 0 or "bbox/AP" not in series:
         return None
-    metrics = {name: series[f"bbox/{name}"][-1][1] for name in _METRICS if f"bbox/{name}" in series}
-    if math.isnan(metrics["AP"]):  # Detectron2's word for no detection at all
+    metrics = {name: series[f"bbox/{name}"][-1][1] for name in METRICS if f"bbox/{name}" in series}
+    if math.isnan(metrics["AP"]):  # Detectron2 logs NaN if there is no detection
         metrics = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
-    # a size that the set does not have is NaN, too
+    # NaN is also the AP of sizes that no object has
     return {**result, **{name: ap for name, ap in metrics.items() if not math.isnan(ap)}}
 
 
 def commit() -> str:
-    """The checkout's commit, "+" after it if files of the package or configs were changed since."""
+    """The checkout's commit, with "+" if files that a run depends on were changed since."""
     git = ["git", "-C", str(checkout())]
+    status = ["status", "--porcelain", "retina_plugin", "reproduction", "configs", "train_net.py"]
     try:
         head = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
-        changed = subprocess.check_output(
-            [*git, "status", "--porcelain", "retina_plugin", "configs", "train_net.py"], text=True
-        )
+        changed = subprocess.check_output([*git, *status], text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+" if changed else "")
 
 
-def execute(
-    runs: Sequence[Run], scale: str, jobs: int, output: Path, results: ledger.Ledger
-) -> list[Run]:
-    """Run them, ``jobs`` at a time, and record each as it ends. Returns those that failed."""
+def execute(runs: Sequence[Run], scale: str, jobs: int, output: Path, ledger: Ledger) -> list[Run]:
+    """Train ``jobs`` runs at a time and record each result; return the runs that failed."""
     waiting = list(runs)
     active: list[Run] = []
     failed: list[Run] = []
@@ -137,12 +147,12 @@ def execute(
                         failed.append(run)
                         tqdm.write(f"FAILED   {run.key}  see {run.folder / 'console.txt'}")
                     else:
-                        results.record(scale, run.key, result)
-                        tqdm.write(f"finished {run.key}  {ledger.summary(result)}")
+                        ledger.record(scale, run.key, result)
+                        tqdm.write(f"finished {run.key}  {summary(result)}")
                 bar.n = ended + sum(run.iteration() for run in active)
                 bar.set_postfix_str(f"{len(active)} running, {len(waiting)} waiting")
         finally:
-            for run in active:  # interrupted: they go on from their checkpoints next time
+            for run in active:  # after an interruption; the next call resumes them
                 if run.process is not None:
                     run.process.terminate()
                     run.process.wait()
@@ -160,46 +170,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--jobs",
         type=int,
-        help="runs at once (default: paper 1, with all GPUs; mini one a GPU, or one a CPU core)",
+        help="runs at a time (default: paper 1, on all GPUs; mini one per GPU, else per CPU core)",
     )
     parser.add_argument("--output", type=Path, default=Path("output/reproduce"))
     parser.add_argument(
         "--ledger",
         type=Path,
-        default=Path("docs", "ledger.json"),
-        help="JSON of the results; the table is written beside it, as .md (default docs/)",
+        default=LEDGER,
+        help="JSON file of the results, with the tables beside it as .md (default: docs/)",
     )
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="more overrides")
-    parser.add_argument("--dry-run", action="store_true", help="list what would run")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs, start none")
     args = parser.parse_args(argv)
     try:
         runs = plan(select_rows(args.tables, args.rows), args.scale, args.seeds, args.set)
-        results = ledger.Ledger(checkout() / args.ledger)
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    ledger = Ledger(args.ledger)
     jobs = args.jobs or default_jobs(args.scale)
-    todo = [run for run in runs if run.key not in results.runs(args.scale)]
+    todo = [run for run in runs if run.key not in ledger.runs(args.scale)]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} in the ledger, {jobs} at a time")
     for run in todo if args.dry_run else []:
         print(f"{run.key}  {run.max_iter} it  {', '.join(run.rows)}\n    {' '.join(run.opts)}")
     if args.dry_run:
         return 0
-    if todo:  # here and once: the runs would all fetch or make them
+    if todo:  # download or train the weights once, not in every run
         try:
             check_weights(setup_cfg(str(todo[0].config), todo[0].opts))
         except ConfigError as error:
             sys.exit(f"error: {error}")
-    failed = execute(todo, args.scale, jobs, args.output.resolve(), results)
+    failed = execute(todo, args.scale, jobs, args.output.resolve(), ledger)
     for run in runs:
-        if run.key in results.runs(args.scale):
-            results.add_rows(args.scale, run.key, run.rows)
-            print(f"{', '.join(run.rows)}: {ledger.summary(results.runs(args.scale)[run.key])}")
-    print(f"ledger: {results.path.with_suffix('.md')}")
+        if run.key in ledger.runs(args.scale):
+            ledger.add_rows(args.scale, run.key, run.rows)
+            print(f"{', '.join(run.rows)}: {summary(ledger.runs(args.scale)[run.key])}")
+    print(f"ledger: {ledger.path.with_suffix('.md')}")
     return 1 if failed else 0
 
 
 def default_jobs(scale: str) -> int:
-    """Paper-scale runs take all GPUs; small ones take one, or one core, each."""
+    """One run at the paper's scale, which uses all GPUs; else one run per GPU or CPU core."""
     if scale == "paper":
         return 1
     return torch.cuda.device_count() or os.cpu_count() or 1

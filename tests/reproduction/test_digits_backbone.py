@@ -1,5 +1,6 @@
-"""The backbone that rows of the mini scale start from."""
+"""The pretrained backbone of the mini scale."""
 
+import dataclasses
 import logging
 import pickle
 
@@ -9,6 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from reproduction import digits_backbone
+from retina_plugin.cache import cache_root
 from retina_plugin.data import digits
 from retina_plugin.engine import check_weights, setup_cfg
 from retina_plugin.errors import ConfigError
@@ -19,8 +21,8 @@ def mini_cfg(repo, tiny_digits):
     return setup_cfg(str(repo / "reproduction" / "mini.yaml"), ["MODEL.DEVICE", "cpu"])
 
 
-def test_it_learns_and_the_detector_loads_all_of_it(mini_cfg, tmp_path, caplog):
-    """The few crops there are; every parameter and statistic of the backbone, nothing else."""
+def test_pretraining_learns_and_the_detector_loads_every_weight(mini_cfg, tmp_path, caplog):
+    """It has the backbone's parameters and statistics and nothing else; random state stays."""
     path = tmp_path / "weights" / "backbone.pkl"
     state = torch.get_rng_state()
     assert digits_backbone.pretrain_backbone(path, iterations=15) < 1.5  # chance is ln 10 = 2.3
@@ -36,8 +38,7 @@ def test_it_learns_and_the_detector_loads_all_of_it(mini_cfg, tmp_path, caplog):
     assert "shape" not in caplog.text
 
 
-def test_weights_are_made_once(mini_cfg, monkeypatch):
-    """By the check before a training; the name in the cache follows from what they are made of."""
+def test_weights_are_made_once_and_named_after_the_images(mini_cfg, monkeypatch):
     made = []
 
     def pretrain_backbone(path):
@@ -47,16 +48,16 @@ def test_weights_are_made_once(mini_cfg, monkeypatch):
     monkeypatch.setattr(digits_backbone, "pretrain_backbone", pretrain_backbone)
     check_weights(mini_cfg)
     check_weights(mini_cfg)
-    monkeypatch.setattr(digits_backbone, "_ITERATIONS", 7)
+    assert len(made) == 1
+    monkeypatch.setattr(digits, "SPEC", dataclasses.replace(digits.SPEC, seed=1))
     check_weights(mini_cfg)
     assert len(made) == len(set(made)) == 2
-    assert {path.parent for path in made} == {digits.dataset_root().parent}
+    assert {path.parent for path in made} == {cache_root()}
     for path in made:
         path.unlink()
 
 
-def test_there_is_one_file_only(mini_cfg):
-    """A misspelt name is said with the one there is."""
+def test_unknown_file_raises(mini_cfg):
     mini_cfg.MODEL.WEIGHTS = "digits://head.pkl"
-    with pytest.raises(ConfigError, match=r"there is digits://backbone.pkl only"):
+    with pytest.raises(ConfigError, match=r"the only file is digits://backbone.pkl"):
         check_weights(mini_cfg)

@@ -1,9 +1,10 @@
-"""The page shows every result, the seeds' spread, and claims that do not hold."""
+"""The ledger's page shows every result, the spread of the seeds, and claims that do not hold."""
 
-import json
+from reproduction import plan
+from reproduction.ledger import LEDGER, Ledger
+from reproduction.paper import Claim
 
-from reproduction import ledger as ledger_module
-from reproduction.ledger import Ledger
+MINI_TABLES = ("5.1", "1a", "1b", "1c", "1d", "3")
 
 
 def result(row, ap, **more):
@@ -11,29 +12,26 @@ def result(row, ap, **more):
     return {"rows": [row], "opts": [], **metrics, **more}
 
 
-def page(tmp_path, monkeypatch, results, claims=(), scale="mini"):
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "paper.yaml").write_text(json.dumps({"claims": list(claims)}))
-    monkeypatch.setattr(ledger_module, "checkout", lambda: tmp_path)
-    ledger = Ledger(tmp_path / "docs" / "ledger.json")
+def page(tmp_path, results, claims=(), scale="mini"):
+    ledger = Ledger(tmp_path / "ledger.json", claims)
     for number, one in enumerate(results):
         ledger.record(scale, f"key-seed{number}", one)
-    return (tmp_path / "docs" / "ledger.md").read_text()
+    return (tmp_path / "ledger.md").read_text()
 
 
-def test_seeds_are_averaged_and_their_spread_shown(tmp_path, monkeypatch):
-    text = page(tmp_path, monkeypatch, [result("1b gamma=2", 40.0), result("1b gamma=2", 43.0)])
+def test_seeds_are_averaged_and_their_spread_is_shown(tmp_path):
+    text = page(tmp_path, [result("1b gamma=2", 40.0), result("1b gamma=2", 43.0)])
     assert "| gamma=2 | 34.0 | 41.5 | +7.5 | 51.5 | 36.5 | 2 | 3.0 | 1.5 | abc |" in text
     assert "Table 1a" not in text  # has no result
 
 
-def test_a_row_that_diverged_says_where(tmp_path, monkeypatch):
+def test_diverged_row_shows_the_iteration(tmp_path):
     diverged = {"rows": ["5.1 pi=0.5"], "opts": [], "commit": "abc", "diverged_at": 7}
-    text = page(tmp_path, monkeypatch, [diverged])
+    text = page(tmp_path, [diverged])
     assert "| pi=0.5 | diverges | diverged at iteration 7 |" in text
 
 
-def test_claims_that_hold_that_do_not_and_that_diverged(tmp_path, monkeypatch):
+def test_claims_hold_fail_or_diverge(tmp_path):
     rows = [
         result("1b gamma=2", 40.0),
         result("3 CE", 30.0, early_loss=2.0),
@@ -41,15 +39,15 @@ def test_claims_that_hold_that_do_not_and_that_diverged(tmp_path, monkeypatch):
         {"rows": ["5.1 pi=0.5"], "opts": [], "commit": "abc", "diverged_at": 7},
     ]
     claims = [
-        {"text": "holds", "better": "1b gamma=2", "worse": "3 CE"},
-        {"text": "fails", "better": "3 CE", "worse": "3 FL", "note": "too short"},
-        {"text": "gone", "better": "3 CE", "worse": "5.1 pi=0.5"},
-        {"text": "close", "better": "3 FL", "worse": "1b gamma=2", "within": 1},
-        {"text": "calm", "better": "3 CE", "worse": "3 FL", "measure": "early_loss"},
-        {"text": "best of", "better": "3 FL", "worse": ["3 CE", "1b gamma=2", "1a alpha=0.5"]},
-        {"text": "not measured", "better": "1a alpha=0.5", "worse": "3 FL"},
+        Claim("holds", "1b gamma=2", ("3 CE",)),
+        Claim("fails", "3 CE", ("3 FL",), note="too short"),
+        Claim("gone", "3 CE", ("5.1 pi=0.5",)),
+        Claim("close", "3 FL", ("1b gamma=2",), within=1),
+        Claim("calm", "3 CE", ("3 FL",), measure="early_loss"),
+        Claim("best of", "3 FL", ("3 CE", "1b gamma=2", "1a alpha=0.5")),
+        Claim("not measured", "1a alpha=0.5", ("3 FL",)),
     ]
-    text = page(tmp_path, monkeypatch, rows, claims)
+    text = page(tmp_path, rows, claims)
     assert "| holds | 1b gamma=2: 40.0 | 3 CE: 30.0 | yes: +10.0 |" in text
     assert "| fails | 3 CE: 30.0 | 3 FL: 35.0 | **no**: -5.0 |" in text
     assert "- fails: too short" in text
@@ -60,15 +58,32 @@ def test_claims_that_hold_that_do_not_and_that_diverged(tmp_path, monkeypatch):
     assert "not measured" not in text
 
 
-def test_a_difference_within_the_spread_says_so(tmp_path, monkeypatch):
+def test_difference_within_the_spread_is_marked(tmp_path):
     rows = [result("3 FL", 40.0), result("3 FL", 36.0), result("3 CE", 37.0)]
-    claims = [{"text": "doubtful", "better": "3 FL", "worse": "3 CE"}]
-    assert "yes: +1.0, within the seeds' spread" in page(tmp_path, monkeypatch, rows, claims)
+    claims = [Claim("doubtful", "3 FL", ("3 CE",))]
+    assert "yes: +1.0, within the seeds' spread" in page(tmp_path, rows, claims)
 
 
-def test_results_are_kept_on_disk_and_rows_can_be_added(tmp_path, monkeypatch):
-    page(tmp_path, monkeypatch, [result("3 FL", 40.0)])
-    again = Ledger(tmp_path / "docs" / "ledger.json")
+def test_results_are_kept_on_disk_and_get_more_rows(tmp_path):
+    page(tmp_path, [result("3 FL", 40.0)])
+    again = Ledger(tmp_path / "ledger.json")
     again.add_rows("mini", "key-seed0", ["1b gamma=2"])
     assert Ledger(again.path).runs("mini")["key-seed0"]["rows"] == ["1b gamma=2", "3 FL"]
     assert "| gamma=2 | 34.0 | 40.0 |" in again.path.with_suffix(".md").read_text()
+
+
+def test_the_repositorys_ledger_has_the_keys_and_overrides_that_are_planned():
+    """Otherwise reproduce would train rows again that the ledger has."""
+    results = Ledger().runs("mini")
+    seeds = max(int(key.rpartition("-seed")[2]) for key in results)
+    rows = plan.select_rows(MINI_TABLES, [])
+    runs = {run.key: run for run in plan.plan(rows, "mini", seeds)}
+    for key, recorded in results.items():
+        assert (recorded["rows"], recorded["opts"]) == (runs[key].rows, runs[key].opts)
+
+
+def test_the_repositorys_page_is_written_from_its_ledger(tmp_path):
+    (tmp_path / "ledger.json").write_text(LEDGER.read_text())
+    ledger = Ledger(tmp_path / "ledger.json")
+    ledger.write_page()
+    assert (tmp_path / "ledger.md").read_text() == LEDGER.with_suffix(".md").read_text()

@@ -1,4 +1,4 @@
-"""The rows of the paper are planned, run, recorded and not run again."""
+"""Rows of the paper are planned, trained, recorded and not trained again."""
 
 import json
 
@@ -6,9 +6,10 @@ import pytest
 
 from reproduction import plan, reproduce
 from reproduction.paper import load_paper
+from retina_plugin.engine import setup_cfg
 from retina_plugin.errors import ConfigError
 
-# from scratch: the backbone of the mini scale takes a minute to train
+# without MODEL.WEIGHTS: pretraining the backbone of the mini scale takes a minute
 SHORT = ["SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "SOLVER.IMS_PER_BATCH", "2"]
 SHORT += ["MODEL.WEIGHTS", ""]
 
@@ -17,12 +18,12 @@ def planned(*tables, rows=(), scale="mini", seeds=1):
     return plan.plan(plan.select_rows(tables, rows), scale, seeds)
 
 
-def test_rows_that_are_one_experiment_are_one_run():
+def test_rows_of_one_experiment_share_a_run():
     runs = planned("1b", "1c", "1d", "3", rows=["gamma=2", "3x3", "FL"])
     assert [run.rows for run in runs] == [["1b gamma=2", "1c 3x3", "1d FL", "3 FL"]]
 
 
-def test_every_seed_is_a_run_and_seeds_differ_in_the_seed_only():
+def test_runs_of_a_row_differ_in_the_seed_only():
     first, second = planned("1b", rows=["gamma=2"], seeds=2)
     assert first.key.split("-")[0] == second.key.split("-")[0] and first.key != second.key
     assert first.opts[:-1] == second.opts[:-1] and (first.opts[-1], second.opts[-1]) == ("1", "2")
@@ -52,20 +53,31 @@ def test_mini_takes_loss_sampler_and_anchors_from_the_row():
     assert overrides["MODEL.RETINANET.OHEM.POSITIVE_FRACTION"] == "0.25"
 
 
-def test_mini_has_a_learning_rate_of_its_own_for_ohem():
-    """With what the warning compares it with, and in the run's name."""
+def test_ohem_has_another_learning_rate_at_the_mini_scale():
     (ohem,) = planned("1d", rows=["OHEM 128 0.5"])
     (focal,) = planned("1d", rows=["FL"])
-    cfg = plan.setup_cfg(str(ohem.config), ohem.opts)
-    other = plan.setup_cfg(str(focal.config), focal.opts)
-    assert cfg.SOLVER.BASE_LR != other.SOLVER.BASE_LR
-    for c in (cfg, other):
-        assert c.SOLVER.LR_PER_IMAGE * c.SOLVER.IMS_PER_BATCH == pytest.approx(c.SOLVER.BASE_LR)
-    _, _, settings = plan.recipe(plan.select_rows(["1d"], ["OHEM 128 0.5"])[0], "mini")
-    assert settings["SOLVER"]["BASE_LR"] == cfg.SOLVER.BASE_LR
+    assert setup_cfg(str(focal.config), focal.opts).SOLVER.BASE_LR == 0.03
+    assert setup_cfg(str(ohem.config), ohem.opts).SOLVER.BASE_LR == 0.12
 
 
-def test_paper_scale_runs_the_rows_own_config():
+def test_key_depends_on_settings_overrides_and_seed_but_not_on_imports():
+    settings = {
+        "MODEL.RETINANET.CLS_LOSS": "FocalLoss",
+        "MODEL.RETINANET.FOCAL_LOSS_GAMMA": 2.0,
+        "IMPORTS": "('a',)",
+    }
+    key = plan.run_key(settings, (), 1)
+    assert plan.run_key({**settings, "IMPORTS": "('b',)"}, (), 1) == key
+    assert plan.run_key({**settings, "MODEL.RETINANET.FOCAL_LOSS_GAMMA": 2}, (), 1) == key
+    others = [
+        plan.run_key({**settings, "MODEL.RETINANET.FOCAL_LOSS_GAMMA": 1.0}, (), 1),
+        plan.run_key(settings, ("SOLVER.MAX_ITER", "2"), 1),
+        plan.run_key(settings, (), 2),
+    ]
+    assert len({key, *others}) == 4
+
+
+def test_paper_scale_trains_the_config_of_the_row():
     (run,) = planned("1e", rows=["R101-800"], scale="paper")
     assert run.config.name == "retina_R101_800.yaml" and run.max_iter == 90000
     assert run.opts == ["SEED", "1"]
@@ -77,14 +89,14 @@ def test_mini_refuses_tables_of_backbones_and_sizes(table):
         planned(table)
 
 
-def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ConfigError, match=r"no table 4; known: 5\.1, 1a"):
+def test_unknown_table_or_row_raises_and_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"TABLE: unknown '4'; known: 5\.1, 1a, .*, all"):
         planned("4")
-    with pytest.raises(ConfigError, match=r"no row 'gamma=3'; known: gamma=0, "):
+    with pytest.raises(ConfigError, match=r"--rows: unknown 'gamma=3'.*; known: gamma=0, "):
         planned("1b", rows=["gamma=3"])
 
 
-def test_dry_run_lists_and_runs_nothing(tmp_path, capsys, monkeypatch):
+def test_dry_run_lists_runs_and_starts_none(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reproduce, "start", None)
     ledger = tmp_path / "ledger.json"
     options = ["--scale", "mini", "--seeds", "1", "--dry-run", "--ledger", str(ledger)]
@@ -93,8 +105,8 @@ def test_dry_run_lists_and_runs_nothing(tmp_path, capsys, monkeypatch):
     assert not ledger.exists()
 
 
-def test_rows_run_diverge_and_are_not_run_again(tiny_digits, tmp_path, capsys, monkeypatch):
-    """A real run, one that diverges and does not stop it, then the same again from the ledger."""
+def test_results_are_recorded_and_not_trained_again(tiny_digits, tmp_path, capsys, monkeypatch):
+    """One run diverges and one ends; asked again, the result comes from the ledger."""
     monkeypatch.chdir(tmp_path)
     ledger = tmp_path / "docs" / "ledger.json"
     where = ["--ledger", str(ledger), "--output", str(tmp_path / "runs"), "--seeds", "1"]
@@ -118,20 +130,20 @@ def test_rows_run_diverge_and_are_not_run_again(tiny_digits, tmp_path, capsys, m
     assert "1 runs, 1 in the ledger" in out and "1b gamma=2: AP" in out
 
 
-def test_a_run_that_was_cut_off_goes_on(tiny_digits, tmp_path, monkeypatch):
+def test_interrupted_run_resumes(tiny_digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     where = ["--output", str(tmp_path / "runs"), "--seeds", "1"]
     arguments = ["1b", "--scale", "mini", "--rows", "gamma=2", *where]
     arguments += ["--set", *SHORT, "SOLVER.CHECKPOINT_PERIOD", "1"]
     assert reproduce.main([*arguments, "--ledger", str(tmp_path / "a.json")]) == 0
-    # as if it had been stopped after the first of its two iterations
+    # as if it had been interrupted after the first of its two iterations
     (folder,) = (tmp_path / "runs" / "mini").iterdir()
     (folder / "last_checkpoint").write_text("model_0000000.pth")
     assert reproduce.main([*arguments, "--ledger", str(tmp_path / "b.json")]) == 0
     assert "Starting training from iteration 1" in (folder / "console.txt").read_text()
 
 
-def test_a_failure_is_not_recorded_and_is_the_exit_status(tiny_digits, tmp_path, monkeypatch):
+def test_failed_run_is_not_recorded_and_sets_the_exit_status(tiny_digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ledger = tmp_path / "ledger.json"
     where = ["--ledger", str(ledger), "--output", str(tmp_path / "runs"), "--seeds", "1"]
