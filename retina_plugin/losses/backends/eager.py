@@ -165,11 +165,15 @@ def _piece_sums(
         grad.copy_(wide)
         return sums
     formula = loss.kernel_formula()
-    if formula is not None and formula.kind in _LOW_KINDS:
-        if x.device.type == "cpu" and not isinstance(weight, Tensor):
-            low = _low_piece_sums(x, grad, excluded, formula, weight, scale)
-            if low is not None:
-                return low
+    if (
+        formula is not None
+        and formula.kind in _LOW_KINDS
+        and x.device.type == "cpu"
+        and not isinstance(weight, Tensor)
+    ):
+        low = _low_piece_sums(x, grad, excluded, formula, weight, scale)
+        if low is not None:
+            return low
     if grad is None:
         value = loss.value(-x)  # label 0: x_t = -x
     else:
