@@ -1,5 +1,6 @@
-"""Losses of the dense detector and their kernels; nothing here imports Detectron2."""
+"""Losses of the dense detector and their kernels. Nothing here imports Detectron2."""
 
+from .backends.select import check_backend
 from .classification import (
     CLS_LOSS_REGISTRY,
     ClassificationLoss,
@@ -11,7 +12,6 @@ from .classification import (
 from .dense import (
     DenseLoss,
     anchor_losses,
-    check_backend,
     dense_classification_loss,
 )
 from .regression import BOX_LOSS_REGISTRY, BoxLoss

@@ -1,21 +1,26 @@
 """Classification losses of the dense detector, chosen by ``MODEL.RETINANET.CLS_LOSS``.
 
-A loss is a class with ``value(x_t)`` and, if it is known in closed form, ``derivative(x_t)``
-(autograd supplies it otherwise). It is elementwise and knows neither anchors nor batches:
-:mod:`retina_plugin.losses.dense` sums it, :mod:`retina_plugin.modeling.normalizer` divides.
+A loss is a class with ``value(x_t)`` and, where there is a closed form, ``derivative(x_t)``;
+otherwise autograd computes the derivative. A loss is elementwise and knows neither anchors nor
+batches: :mod:`retina_plugin.losses.dense` sums it, and
+:mod:`retina_plugin.modeling.normalizer` divides.
 
     @CLS_LOSS_REGISTRY.register()
     class MyLoss(ClassificationLoss):
         def value(self, x_t):
             return torch.nn.functional.softplus(-x_t) ** 2
+
+A loss that the compiled kernels know describes itself to them with ``formula``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from retina_plugin.errors import ConfigError
@@ -29,66 +34,101 @@ __all__ = [
     "CrossEntropy",
     "FocalLoss",
     "FocalLossStar",
+    "Formula",
+    "FormulaKind",
     "HingeLoss",
-    "known_to_kernels",
 ]
 
+# Entries are subclasses of ClassificationLoss.
 CLS_LOSS_REGISTRY = ComponentRegistry("MODEL.RETINANET.CLS_LOSS")
+
+
+class FormulaKind(enum.IntEnum):
+    """The elementwise losses that compiled kernels may know."""
+
+    FOCAL = 0  # Eq. 4; gamma 0 is the cross entropy
+    FOCAL_STAR = 1  # Eq. 8
+
+
+class Formula(NamedTuple):
+    """All that a kernel has to know of an elementwise loss without alpha."""
+
+    kind: FormulaKind
+    gamma: float
+    beta: float = 0.0
 
 
 class ClassificationLoss:
     """An elementwise loss of x_t = y x with alpha balancing.
 
-    The loss of a logit x is ``alpha l(x)`` where the anchor has that class (y = 1) and
-    ``(1 - alpha) l(-x)`` where it has not (alpha_t of Eq. 3 and 5); without alpha, both weigh 1.
+    The loss of a logit x is ``alpha l(x)`` if the anchor has that class (y = 1), otherwise
+    ``(1 - alpha) l(-x)`` (alpha_t of Eq. 3 and 5). Without alpha, both weigh 1.
 
     Args:
-        alpha: weight of the rare class in [0, 1], one for all classes or a sequence of K; None for
-            no balancing.
+        alpha: weight of label 1 in [0, 1], one for all classes or a sequence of K; None for no
+            balancing.
+
+    Attributes:
+        formula: how compiled kernels compute ``value`` and ``derivative``; None (the default): they
+            cannot, plain PyTorch does. Not inherited, because an override may break it: every class
+            declares it itself.
+        self_test_arguments: with ``formula``: the constructor's arguments, other than the defaults,
+            with which a kernel is compared with plain PyTorch before it is used.
 
     Raises:
         ConfigError: alpha outside [0, 1].
     """
 
+    self_test_arguments: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+
     def __init__(self, alpha: float | Sequence[float] | None = None) -> None:
         values = alpha if isinstance(alpha, Sequence) else [] if alpha is None else [alpha]
         if not all(0.0 <= a <= 1.0 for a in values):
-            raise ConfigError(f"alpha must be in [0, 1] or None, got {alpha}")
+            key = "ALPHA_PER_CLASS" if isinstance(alpha, Sequence) else "FOCAL_LOSS_ALPHA"
+            raise ConfigError(f"MODEL.RETINANET.{key} must be in [0, 1] or None, got {alpha}")
         self.alpha = alpha
 
     @property
+    def formula(self) -> Formula | None:
+        return None
+
+    def kernel_formula(self) -> Formula | None:
+        """``formula`` if this very class declares it, else None."""
+        return self.formula if "formula" in vars(type(self)) else None
+
+    @property
     def positive_weight(self) -> float | Tensor:
-        """alpha_t of an entry whose label is 1: a number, or (K,) by class."""
+        """alpha_t of the entries with label 1: a number, or (K,) by class."""
         if self.alpha is None:
             return 1.0
         return torch.tensor(self.alpha) if isinstance(self.alpha, Sequence) else self.alpha
 
     @property
     def negative_weight(self) -> float | Tensor:
-        """alpha_t of an entry whose label is 0: a number, or (K,) by class."""
+        """alpha_t of the entries with label 0: a number, or (K,) by class."""
         return 1.0 if self.alpha is None else 1.0 - self.positive_weight
 
     def value(self, x_t: Tensor) -> Tensor:
-        """The loss of each entry without alpha; shape of ``x_t``, not modified in place."""
+        """The loss of each entry without alpha. Shape of ``x_t``, which must not be modified."""
         raise NotImplementedError  # abstract: every loss defines it
 
     def derivative(self, x_t: Tensor) -> Tensor:
-        """d value / d x_t of each entry. By autograd unless the subclass has a closed form."""
+        """d value / d x_t of each entry; by autograd unless a subclass has a closed form."""
         with torch.enable_grad():
             leaf = x_t.detach().requires_grad_()
             (grad,) = torch.autograd.grad(self.value(leaf).sum(), leaf)
         return grad
 
     def value_and_derivative(self, x_t: Tensor) -> tuple[Tensor, Tensor]:
-        """Both at once; override where they share work. The results are new tensors."""
+        """Both at once, as new tensors. Override it where they share work."""
         return self.value(x_t), self.derivative(x_t)
 
     @classmethod
-    def from_config(cls, cfg: Any) -> dict[str, Any]:
-        """``FOCAL_LOSS_ALPHA``, negative for none as in Detectron2, or ``ALPHA_PER_CLASS``.
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """``FOCAL_LOSS_ALPHA`` (negative: no alpha, as in Detectron2) or ``ALPHA_PER_CLASS``.
 
         Raises:
-            ConfigError: another number of alphas than classes.
+            ConfigError: ``ALPHA_PER_CLASS`` does not have ``NUM_CLASSES`` numbers.
         """
         retinanet = cfg.MODEL.RETINANET
         alpha = retinanet.FOCAL_LOSS_ALPHA
@@ -110,6 +150,10 @@ class ClassificationLoss:
 class CrossEntropy(ClassificationLoss):
     """CE(p_t) = -log(p_t) (Eq. 1), or -alpha_t log(p_t) with alpha (Eq. 3, Table 1a)."""
 
+    @property
+    def formula(self) -> Formula:
+        return Formula(FormulaKind.FOCAL, gamma=0.0)
+
     def value(self, x_t: Tensor) -> Tensor:
         return functional.cross_entropy(x_t)
 
@@ -129,11 +173,17 @@ class FocalLoss(ClassificationLoss):
         ConfigError: negative gamma.
     """
 
+    self_test_arguments = ({}, {"gamma": 0.5})  # kernels compute a square and other powers apart
+
     def __init__(self, alpha: float | Sequence[float] | None = 0.25, gamma: float = 2.0) -> None:
         super().__init__(alpha)
         if gamma < 0:
-            raise ConfigError(f"gamma must be >= 0, got {gamma}")
+            raise ConfigError(f"MODEL.RETINANET.FOCAL_LOSS_GAMMA must be >= 0, got {gamma}")
         self.gamma = float(gamma)
+
+    @property
+    def formula(self) -> Formula:
+        return Formula(FormulaKind.FOCAL, self.gamma)
 
     def value(self, x_t: Tensor) -> Tensor:
         return functional.focal(x_t, self.gamma)
@@ -145,7 +195,7 @@ class FocalLoss(ClassificationLoss):
         return functional.focal_value_and_derivative(x_t, self.gamma)
 
     @classmethod
-    def from_config(cls, cfg: Any) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """``FOCAL_LOSS_ALPHA`` and ``FOCAL_LOSS_GAMMA``, with Detectron2's meaning."""
         return {**super().from_config(cfg), "gamma": cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA}
 
@@ -171,8 +221,12 @@ class FocalLossStar(ClassificationLoss):
     ) -> None:
         super().__init__(alpha)
         if gamma <= 0:
-            raise ConfigError(f"FOCAL_STAR_GAMMA must be > 0, got {gamma}")
+            raise ConfigError(f"MODEL.RETINANET.FOCAL_STAR_GAMMA must be > 0, got {gamma}")
         self.gamma, self.beta = float(gamma), float(beta)
+
+    @property
+    def formula(self) -> Formula:
+        return Formula(FormulaKind.FOCAL_STAR, self.gamma, self.beta)
 
     def value(self, x_t: Tensor) -> Tensor:
         return functional.focal_star(x_t, self.gamma, self.beta)
@@ -181,7 +235,7 @@ class FocalLossStar(ClassificationLoss):
         return functional.focal_star_derivative(x_t, self.gamma, self.beta)
 
     @classmethod
-    def from_config(cls, cfg: Any) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """``FOCAL_STAR_GAMMA`` and ``FOCAL_STAR_BETA``."""
         retinanet = cfg.MODEL.RETINANET
         return {
@@ -193,7 +247,7 @@ class FocalLossStar(ClassificationLoss):
 
 @CLS_LOSS_REGISTRY.register()
 class HingeLoss(ClassificationLoss):
-    """max(0, margin - p_t), times alpha_t (section 5.1, "Hinge Loss": the paper found it unstable).
+    """alpha_t max(0, margin - p_t) (section 5.1, "Hinge Loss"; the paper found it unstable).
 
     Args:
         alpha: see :class:`ClassificationLoss`.
@@ -206,7 +260,7 @@ class HingeLoss(ClassificationLoss):
     def __init__(self, alpha: float | Sequence[float] | None = None, margin: float = 0.9) -> None:
         super().__init__(alpha)
         if not 0.0 < margin <= 1.0:
-            raise ConfigError(f"HINGE_MARGIN must be in (0, 1], got {margin}")
+            raise ConfigError(f"MODEL.RETINANET.HINGE_MARGIN must be in (0, 1], got {margin}")
         self.margin = float(margin)
 
     def value(self, x_t: Tensor) -> Tensor:
@@ -216,11 +270,6 @@ class HingeLoss(ClassificationLoss):
         return functional.hinge_derivative(x_t, self.margin)
 
     @classmethod
-    def from_config(cls, cfg: Any) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """``HINGE_MARGIN``."""
         return {**super().from_config(cfg), "margin": cfg.MODEL.RETINANET.HINGE_MARGIN}
-
-
-def known_to_kernels(loss: ClassificationLoss) -> bool:
-    """Whether the compiled kernels have this loss: exactly these, not what users derive of them."""
-    return type(loss) in (CrossEntropy, FocalLoss, FocalLossStar)

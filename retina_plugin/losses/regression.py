@@ -2,8 +2,13 @@
 
 A box loss maps P predictions and their targets to (P,) losses. ``on`` says what it compares:
 "deltas", the (dx, dy, dw, dh) of R-CNN's parameterisation (section 4, "Box Regression Subnet"),
-or "boxes", decoded XYXY boxes in pixels. The IoU losses are torchvision's: they are well kept,
-and equal to the ones of fvcore and Detectron2.
+or "boxes", decoded XYXY boxes in pixels. The IoU losses are torchvision's; they are maintained, and
+equal to those of fvcore and Detectron2.
+
+    @BOX_LOSS_REGISTRY.register()
+    class MyBoxLoss(BoxLoss):
+        def __call__(self, prediction_P4, target_P4):
+            return (prediction_P4 - target_P4).square().sum(dim=1)
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
+from fvcore.common.config import CfgNode
 from torch import Tensor
 from torchvision import ops  # GIoU, DIoU and CIoU
 
@@ -22,7 +28,7 @@ __all__ = ["BOX_LOSS_REGISTRY", "L1", "BoxLoss", "CIoU", "DIoU", "GIoU", "Smooth
 # Entries are subclasses of BoxLoss.
 BOX_LOSS_REGISTRY = ComponentRegistry(
     "MODEL.RETINANET.BBOX_REG_LOSS_TYPE",
-    aliases={  # the values that Detectron2's key has
+    aliases={  # the values of Detectron2's key
         "smooth_l1": "SmoothL1",
         "l1": "L1",
         "giou": "GIoU",
@@ -46,14 +52,14 @@ class BoxLoss:
     elementwise = False
 
     def is_elementwise(self) -> bool:
-        """Whether this very class declares itself ``elementwise``."""
+        """``elementwise`` if this very class declares it, else False."""
         return bool(vars(type(self)).get("elementwise", False))
 
     def __call__(self, prediction_P4: Tensor, target_P4: Tensor) -> Tensor:
         raise NotImplementedError  # abstract: every loss defines it
 
     @classmethod
-    def from_config(cls, cfg: Any) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         return {}
 
     def __repr__(self) -> str:
@@ -63,7 +69,7 @@ class BoxLoss:
 
 @BOX_LOSS_REGISTRY.register()
 class SmoothL1(BoxLoss):
-    """Smooth L1 of the deltas, summed over the four: .5 d^2 / beta below beta, else |d| - beta/2.
+    """Smooth L1, summed over the four deltas: .5 d^2 / beta if |d| < beta, else |d| - .5 beta.
 
     Args:
         beta: where the parabola ends (``SMOOTH_L1_LOSS_BETA``); 0 is L1. The paper says "the
@@ -77,7 +83,7 @@ class SmoothL1(BoxLoss):
 
     def __init__(self, beta: float = 0.1) -> None:
         if beta < 0:
-            raise ConfigError(f"beta must be >= 0, got {beta}")
+            raise ConfigError(f"MODEL.RETINANET.SMOOTH_L1_LOSS_BETA must be >= 0, got {beta}")
         self.beta = float(beta)
 
     def __call__(self, prediction_P4: Tensor, target_P4: Tensor) -> Tensor:
@@ -85,13 +91,13 @@ class SmoothL1(BoxLoss):
         return loss.sum(dim=1)
 
     @classmethod
-    def from_config(cls, cfg: Any) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         return {"beta": cfg.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA}
 
 
 @BOX_LOSS_REGISTRY.register()
 class L1(BoxLoss):
-    """|d| of the deltas, summed over the four."""
+    """|d|, summed over the four deltas."""
 
     elementwise = True
 
@@ -121,7 +127,7 @@ class DIoU(BoxLoss):
 
 @BOX_LOSS_REGISTRY.register()
 class CIoU(BoxLoss):
-    """DIoU plus a term of the aspect ratio (Zheng et al., AAAI 2020)."""
+    """1 - IoU + DIoU's distance term + a term of the aspect ratio (Zheng et al., AAAI 2020)."""
 
     on = "boxes"
 

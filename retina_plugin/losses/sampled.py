@@ -1,4 +1,4 @@
-"""The sum of a classification loss over a few chosen anchors of each image."""
+"""The sum of a classification loss over the anchors that a sampler chose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends.eager import compute_dtype
+from .backends.interface import compute_dtype
 from .classification import ClassificationLoss
 from .dense import DenseLoss
 from .targets import DenseTargets
@@ -23,17 +23,21 @@ def sampled_classification_loss(
     targets: DenseTargets,
     loss: ClassificationLoss,
 ) -> DenseLoss:
-    """Sum ``loss`` over some anchors of each image; anything else as the dense loss.
+    """Sum ``loss`` over some anchors of each image (OHEM, section 5.1).
 
     Args:
-        logits_SK: (S, K), the chosen anchors' logits.
-        sample_image, sample_anchor: (S,) which anchors they are; none is ignored.
+        logits_SK: (S, K) logits of the chosen anchors.
+        sample_image, sample_anchor: (S,) int64: image in [0, N) and anchor in [0, R) of each row.
+            None of them may be ignored.
         targets: labels of the batch.
         loss: the elementwise loss and its alpha.
+
+    Returns:
+        The same sums as :func:`~retina_plugin.losses.dense_classification_loss`.
     """
     image, anchor = targets.positive_image, targets.positive_anchor
     x_SK = logits_SK.to(compute_dtype(logits_SK))
-    # few rows: (S, P) comparisons are cheaper than any table over all anchors
+    # S and P are small: S x P comparisons are cheaper than a table of all anchors
     same = (sample_image[:, None] == image) & (sample_anchor[:, None] == anchor)
     row, positive = torch.where(same)
     y_SK = torch.full_like(x_SK, -1.0)

@@ -9,7 +9,7 @@ from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 from retina_plugin.losses import functional
 
 GAMMAS = [0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]  # Table 1b
-# the logits of a network, densely, and then up to |x| = 100
+# densely where logits of a network are, then up to |x| = 100
 X_T = torch.cat([torch.linspace(-30, 30, 6001), torch.linspace(-100, 100, 2001)])
 
 
@@ -22,8 +22,7 @@ def textbook(x_t, gamma):
 
 
 def assert_relatively_close(actual, expected):
-    # below 1e-30 float32 itself has no relative precision left (its denormals start at 1e-38,
-    # and (1 - p_t)^gamma is a product); there the absolute error is what matters
+    # near 1e-38 float32 has no relative precision left: its denormals begin there
     torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-36)
 
 
@@ -36,7 +35,7 @@ def test_focal_and_its_derivative_agree_with_float64_autograd(gamma):
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_separate_functions_are_the_fused_one(gamma):
+def test_separate_functions_equal_the_fused_one(gamma):
     value, derivative = functional.focal_value_and_derivative(X_T, gamma)
     torch.testing.assert_close(functional.focal(X_T, gamma), value)
     torch.testing.assert_close(functional.focal_derivative(X_T, gamma), derivative)
@@ -52,8 +51,8 @@ def test_focal_with_gamma_0_is_cross_entropy():
     assert torch.equal(functional.focal(X_T, 0.0), functional.cross_entropy(X_T))
 
 
-def test_derivative_is_the_papers_equation_10():
-    """(1 - p_t)^gamma (gamma p_t log(p_t) + p_t - 1), as printed, in float64."""
+def test_focal_derivative_is_equation_10():
+    """(1 - p_t)^gamma (gamma p_t log(p_t) + p_t - 1) as printed in the paper, in float64."""
     x_t = torch.linspace(-8, 8, 101, dtype=torch.float64)
     p_t = torch.sigmoid(x_t)
     printed = (1 - p_t) ** 2 * (2 * p_t * p_t.log() + p_t - 1)
@@ -68,8 +67,8 @@ def test_focal_discounts_easy_examples_as_section_3_2_says():
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_derivative_tends_to_minus_the_slope_of_the_margin(gamma):
-    """Appendix B: at high confidence the derivative is 0, at confident mistakes it is -1."""
+def test_derivative_tends_to_0_and_minus_1(gamma):
+    """Appendix B: 0 for confident right predictions, -1 for confident wrong ones."""
     derivative = functional.focal_derivative(torch.tensor([-100.0, 100.0]), gamma)
     torch.testing.assert_close(derivative[0].item(), -1.0)
     assert abs(derivative[1]) < 1e-4
@@ -77,8 +76,8 @@ def test_derivative_tends_to_minus_the_slope_of_the_margin(gamma):
 
 @pytest.mark.parametrize("gamma", [g for g in GAMMAS if 0 < g < 1])
 @pytest.mark.parametrize("peer", [fvcore_focal_loss, torchvision_focal_loss])
-def test_finite_where_the_peers_give_nan(gamma, peer):
-    """A saturated correct logit: autograd through (1 - p_t) ** gamma is inf * 0 for gamma < 1."""
+def test_finite_where_fvcore_and_torchvision_give_nan(gamma, peer):
+    """p_t = 1 in float32: autograd through (1 - p_t) ** gamma is inf * 0 for gamma < 1."""
     x = torch.tensor([[100.0, -100.0]], requires_grad=True)
     target = torch.tensor([[1.0, 0.0]])
     peer(x, target, alpha=0.75, gamma=gamma, reduction="sum").backward()
@@ -97,13 +96,13 @@ def test_focal_star_agrees_with_float64_autograd(gamma, beta):
     x_t = X_T.double().requires_grad_()
     loss = -F.logsigmoid(gamma * x_t + beta) / gamma
     (derivative,) = torch.autograd.grad(loss.sum(), x_t)
-    # gamma x_t + beta is rounded: an exponent of 60 has an error of 4e-6
+    # gamma x_t + beta is rounded: an exponent of 60 has an absolute error of 4e-6
     for ours, expected in (
         (functional.focal_star(X_T, gamma, beta), loss.detach()),
         (functional.focal_star_derivative(X_T, gamma, beta), derivative),
     ):
         torch.testing.assert_close(ours.double(), expected, rtol=4e-6, atol=1e-30)
-    near = X_T.abs() <= 10  # where losses count, and |x_t| = 10 with gamma 5 is an exponent of 50
+    near = X_T.abs() <= 10  # logits of a network; the exponent is up to 50
     ours = functional.focal_star_derivative(X_T, gamma, beta)
     torch.testing.assert_close(ours[near].double(), derivative[near], rtol=3e-6, atol=1e-12)
 
@@ -113,7 +112,7 @@ def test_focal_star_with_gamma_1_and_beta_0_is_cross_entropy():
     torch.testing.assert_close(ours, functional.cross_entropy(X_T))
 
 
-def test_focal_star_derivative_is_the_papers_equation_11():
+def test_focal_star_derivative_is_equation_11():
     x_t = torch.linspace(-8, 8, 101, dtype=torch.float64)
     printed = torch.sigmoid(2 * x_t + 1) - 1
     torch.testing.assert_close(functional.focal_star_derivative(x_t, 2.0, 1.0), printed)
@@ -123,7 +122,7 @@ def test_focal_star_derivative_is_the_papers_equation_11():
 def test_hinge_agrees_with_float64_autograd_and_is_zero_above_the_margin(margin):
     x_t = X_T.double().requires_grad_()
     p_t = torch.sigmoid(x_t)
-    away = (p_t - margin).abs() > 1e-6  # not at the corner
+    away = (p_t - margin).abs() > 1e-6  # from the kink, where there is no derivative
     loss = (margin - p_t).clamp(min=0)
     (derivative,) = torch.autograd.grad(loss.sum(), x_t)
     value = functional.hinge(X_T, margin)
