@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from detectron2.layers import cat
 from detectron2.modeling.box_regression import _dense_box_regression_loss
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor
 from torchvision.models.detection import retinanet as torchvision_retinanet
 
 from benchmarks.cases import (
+    IMAGE_SIZE,
     LEVELS,
     TRANSFORM,
     A,
@@ -49,8 +50,15 @@ def targets_of(device: str, levels: Levels, num_images: int = 2, boxes: int = 20
     generator = torch.Generator().manual_seed(0)
     labeler = AnchorLabeler(AnchorMatcher((0.4, 0.5), (0, -1, 1)), K)
     gt = [boxes_in_image(boxes, generator, device) for _ in range(num_images)]
-    classes = [torch.randint(K, (boxes,), generator=generator).to(device) for _ in gt]
-    return labeler(Boxes.cat(anchors_of(device, levels)).tensor, gt, classes)
+    instances = [
+        Instances(
+            IMAGE_SIZE,
+            gt_boxes=Boxes(x),
+            gt_classes=torch.randint(K, (boxes,), generator=generator).to(device),
+        )
+        for x in gt
+    ]
+    return labeler(Boxes.cat(anchors_of(device, levels)).tensor, instances)
 
 
 def classification(device: str, dtype: torch.dtype, levels: Levels) -> Contest:

@@ -65,7 +65,7 @@ class FastMapper:
         is_train: give ``instances``; else annotations are dropped.
         augmentations: Detectron2's augmentations or transforms, in their order.
         image_format: of the image that is given, as Detectron2 has it ("BGR", "RGB", ...).
-        keep_crowd: keep crowd boxes too and mark them in ``instances.gt_ignore`` (bool, one a
+        keep_crowd: keep crowd boxes too and mark them in ``instances.gt_iscrowd`` (bool, one a
             box), for a detector that ignores what lies in them. Otherwise they are dropped.
     """
 
@@ -146,7 +146,7 @@ class FastMapper:
         instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
         if self.keep_crowd:
             crowd = [a.get("iscrowd", 0) != 0 for a in annotations]
-            instances.gt_ignore = torch.tensor(crowd, dtype=torch.bool)
+            instances.gt_iscrowd = torch.tensor(crowd, dtype=torch.bool)
         return detection_utils.filter_empty_instances(instances)
 
 
