@@ -1,4 +1,4 @@
-"""Labels and indices equal those of Detectron2's Matcher, except for boxes that no anchor touches."""
+"""Labels and indices equal Detectron2's Matcher, except for boxes that no anchor touches."""
 
 import pytest
 import torch
