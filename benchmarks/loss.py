@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from detectron2.layers import cat
 from detectron2.modeling.box_regression import _dense_box_regression_loss
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor
 from torchvision.models.detection import retinanet as torchvision_retinanet
 
 from benchmarks.case import Case
 from benchmarks.inputs import (
+    IMAGE_SIZE,
     LEVELS,
     TRANSFORM,
     A,
@@ -56,8 +57,15 @@ def _targets(device: str, levels: Levels, num_boxes: int = 20) -> DenseTargets:
     generator = torch.Generator().manual_seed(0)
     labeler = AnchorLabeler(AnchorMatcher((0.4, 0.5), (0, -1, 1)), K)
     gt = [boxes_in_image(num_boxes, generator, device) for _ in range(N)]
-    classes = [torch.randint(K, (num_boxes,), generator=generator).to(device) for _ in gt]
-    return labeler(Boxes.cat(anchors_of(device, levels)).tensor, gt, classes)
+    instances = [
+        Instances(
+            IMAGE_SIZE,
+            gt_boxes=Boxes(boxes),
+            gt_classes=torch.randint(K, (num_boxes,), generator=generator).to(device),
+        )
+        for boxes in gt
+    ]
+    return labeler(Boxes.cat(anchors_of(device, levels)).tensor, instances)
 
 
 def _classification_case(device: str, dtype: torch.dtype, levels: Levels) -> Case:

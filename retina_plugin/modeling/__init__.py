@@ -1,6 +1,7 @@
 """The detector and its parts; importing this registers them with Detectron2."""
 
 from .backbone import build_retina_fpn_backbone
+from .contracts import BoxCoder, Inference, Labeler, Matcher, Matches, Sample, Sampler
 from .detector import FocalRetinaNet
 from .head import RETINANET_HEAD_REGISTRY, RetinaHead, prior_bias
 from .labeling import AnchorLabeler
@@ -15,9 +16,16 @@ __all__ = [
     "AllAnchors",
     "AnchorLabeler",
     "AnchorMatcher",
+    "BoxCoder",
     "FocalRetinaNet",
+    "Inference",
+    "Labeler",
     "LossNormalizer",
+    "Matcher",
+    "Matches",
     "RetinaHead",
+    "Sample",
+    "Sampler",
     "build_retina_fpn_backbone",
     "prior_bias",
 ]

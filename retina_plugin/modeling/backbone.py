@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone import FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 
-from retina_plugin.errors import ConfigError
+from retina_plugin.config import KEYS
+from retina_plugin.errors import check_choice
 
-__all__ = ["P6_SOURCES", "build_retina_fpn_backbone"]
+__all__ = ["build_retina_fpn_backbone"]
 
-P6_SOURCES = ("res5", "p5")
-
+# Depth -> blocks of each stage, for the ResNets of two-conv blocks.
 _BASIC_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
 @BACKBONE_REGISTRY.register()
-def build_retina_fpn_backbone(cfg: Any, input_shape: ShapeSpec) -> Backbone:
+def build_retina_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """ResNet-18/34/50/101/152 or ResNeXt (``MODEL.RESNETS``) and an FPN with levels P3 to P7.
 
     P6 is a 3x3 stride-2 conv on C5 (``P6_SOURCE: res5``, the paper) or on P5 (``p5``, torchvision's
-    V1 models); P7 is a 3x3 stride-2 conv on ReLU(P6). With ``res5`` the model has the parameters
-    of Detectron2's ``build_retinanet_resnet_fpn_backbone``, and its weights load.
+    first RetinaNet); P7 is a 3x3 stride-2 conv on ReLU(P6). With ``res5`` the parameters are those
+    of Detectron2's ``build_retinanet_resnet_fpn_backbone``, so its weights load.
 
     Raises:
         ConfigError: an unknown ``P6_SOURCE``.
     """
     source = cfg.MODEL.RETINANET.P6_SOURCE
-    if source not in P6_SOURCES:
-        known = ", ".join(P6_SOURCES)
-        raise ConfigError(f"MODEL.RETINANET.P6_SOURCE: no '{source}'; known: {known}")
+    key = "MODEL.RETINANET.P6_SOURCE"
+    check_choice(key, source, KEYS[key].choices)
     if cfg.MODEL.RESNETS.DEPTH in _BASIC_BLOCKS:
         bottom_up = _build_basic_resnet(cfg, input_shape)
     else:
@@ -50,8 +48,8 @@ def build_retina_fpn_backbone(cfg: Any, input_shape: ShapeSpec) -> Backbone:
     )
 
 
-def _build_basic_resnet(cfg: Any, input_shape: ShapeSpec) -> ResNet:
-    """ResNet-18/34 of any width: Detectron2's own builder accepts RES2_OUT_CHANNELS 64 only."""
+def _build_basic_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """ResNet-18/34 of any width; Detectron2's builder takes ``RES2_OUT_CHANNELS`` 64 only."""
     resnets = cfg.MODEL.RESNETS
     stem = BasicStem(input_shape.channels, resnets.STEM_OUT_CHANNELS, norm=resnets.NORM)
     in_channels, out_channels = resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS

@@ -12,23 +12,34 @@ from torch import Tensor
 
 from retina_plugin.losses import BoxLoss, DenseTargets
 
+from .contracts import BoxCoder
 from .shapes import gather_anchors
 
 __all__ = ["BoxTransform", "box_loss_sums", "encode"]
 
 
 class BoxTransform(Box2BoxTransform):
-    """Detectron2's, but for its check of the anchors, which waits for all that is queued."""
+    """Detectron2's ``Box2BoxTransform`` without GPU synchronisation.
+
+    Detectron2 checks that the anchors have a positive width, which synchronises. On the CPU its own
+    method is called; on a GPU :func:`encode` computes the same deltas without the check.
+    """
 
     def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
         """(P, 4) deltas from anchors to boxes, both (P, 4) XYXY: Detectron2's to the bit."""
-        if src_boxes.device.type == "cpu":  # nothing to wait for
+        if src_boxes.device.type == "cpu":
             return super().get_deltas(src_boxes, target_boxes)
         return encode(src_boxes, target_boxes, self.weights)
 
 
 def encode(anchors_P4: Tensor, boxes_P4: Tensor, weights: Sequence[float]) -> Tensor:
-    """(P, 4): the operations of ``Box2BoxTransform.get_deltas``, and their order."""
+    """(P, 4) deltas by the operations of ``Box2BoxTransform.get_deltas``, in the same order.
+
+    For an anchor with centre (ax, ay) and size (aw, ah) and a box (x, y, w, h) they are ::
+
+        dx = wx (x - ax) / aw    dw = ww log(w / aw)
+        dy = wy (y - ay) / ah    dh = wh log(h / ah)
+    """
     deltas = []
     for axis in (0, 1):
         size = anchors_P4[:, axis + 2] - anchors_P4[:, axis]
@@ -43,68 +54,68 @@ def encode(anchors_P4: Tensor, boxes_P4: Tensor, weights: Sequence[float]) -> Te
 
 def box_loss_sums(
     box_loss: BoxLoss,
-    transform: Box2BoxTransform,
+    box_coder: BoxCoder,
     anchors_R4: Tensor,
     deltas: Sequence[Tensor],
     targets: DenseTargets,
 ) -> Tensor:
-    """Sum a box loss over the positives of each image.
+    """Sum a box loss over the positive anchors of each image.
 
-    An accelerator is not waited for, if the loss is smooth L1 or L1.
+    On a GPU, smooth L1 and L1 do not synchronise. The other losses do.
 
     Args:
-        box_loss: elementwise, see :class:`~retina_plugin.losses.BoxLoss`.
-        transform: encodes boxes as deltas and back.
-        anchors_R4: of all levels, XYXY in pixels.
+        box_loss: the loss of each anchor, see :class:`~retina_plugin.losses.BoxLoss`.
+        box_coder: encodes boxes as deltas and decodes them.
+        anchors_R4: anchors of all levels, XYXY in pixels.
         deltas: per level (N, A*4, Hi, Wi), the raw head output.
         targets: labels and boxes of the batch.
 
     Returns:
-        (N,) float32; exactly 0, with a graph, for an image without positives.
+        (N,) float32. An image without positive anchors has 0, which still has a gradient (of 0).
     """
-    # torchvision's losses of boxes, which select by a mask, wait for an accelerator themselves, and
-    # in a loss of one's own a row may depend on others
-    by_mask = anchors_R4.device.type != "cpu" and box_loss.is_elementwise()
-    sums_of = _of_all if by_mask else _of_positives
-    return sums_of(box_loss, transform, anchors_R4, deltas, targets)
+    # Dense on a GPU, because gathering needs the number of positives and so synchronises. But only
+    # if each loss depends on its own anchor alone; torchvision's IoU losses synchronise anyway.
+    dense = anchors_R4.device.type != "cpu" and box_loss.is_elementwise()
+    sum_loss = _dense_box_loss if dense else _gathered_box_loss
+    return sum_loss(box_loss, box_coder, anchors_R4, deltas, targets)
 
 
-def _of_positives(
+def _gathered_box_loss(
     box_loss: BoxLoss,
-    transform: Box2BoxTransform,
+    box_coder: BoxCoder,
     anchors_R4: Tensor,
     deltas: Sequence[Tensor],
     targets: DenseTargets,
 ) -> Tensor:
-    """Some hundred rows, whose number has to be known."""
+    """The loss of the positive anchors alone, some hundred rows: least work."""
     image, anchor = targets.positive_image, targets.positive_anchor
     anchors_P4, boxes_P4 = anchors_R4[anchor], targets.positive_gt_box
     deltas_P4 = gather_anchors(deltas, image, anchor, 4)
     if box_loss.on == "boxes":
-        loss_P = box_loss(transform.apply_deltas(deltas_P4, anchors_P4), boxes_P4)
+        loss_P = box_loss(box_coder.apply_deltas(deltas_P4, anchors_P4), boxes_P4)
     else:
-        # fp32 as Detectron2's loss is under AMP; the deltas of the head may be 16 bit
-        loss_P = box_loss(deltas_P4.float(), transform.get_deltas(anchors_P4, boxes_P4))
+        # float32, as Detectron2's loss is under AMP; the head's deltas may have 16 bits
+        loss_P = box_loss(deltas_P4.float(), box_coder.get_deltas(anchors_P4, boxes_P4))
     return loss_P.new_zeros(targets.num_images).index_add(0, image, loss_P)
 
 
-def _of_all(
+def _dense_box_loss(
     box_loss: BoxLoss,
-    transform: Box2BoxTransform,
+    box_coder: BoxCoder,
     anchors_R4: Tensor,
     deltas: Sequence[Tensor],
     targets: DenseTargets,
 ) -> Tensor:
-    """Every anchor, with a loss of exactly 0 if it is not positive; some 100 bytes each."""
+    """The loss of every anchor, then 0 where it is not positive: about 100 bytes an anchor."""
     positive_NR = targets.label_NR >= 0
     positive_NR1 = positive_NR[:, :, None]
     anchors_NR4 = anchors_R4.expand(len(positive_NR), -1, -1)
     deltas_NR4 = torch.cat([permute_to_N_HWA_K(x, 4) for x in deltas], dim=1)
-    # the others predict no deltas and have none: masked behind the loss alone, what is not finite
-    # would leave NaN in the gradient
+    # Zero non-positive anchors before the loss, not only after it: inf or NaN there would reach the
+    # gradient.
     deltas_NR4 = torch.where(positive_NR1, deltas_NR4.float(), 0.0)
-    gt_boxes_G4 = F.pad(targets.gt_boxes_G4, (0, 0, 0, 1))  # a batch may have none
+    gt_boxes_G4 = F.pad(targets.gt_boxes_G4, (0, 0, 0, 1))  # one more box: a batch may have none
     boxes_NR4 = torch.where(positive_NR1, gt_boxes_G4[targets.gt_NR], anchors_NR4)
-    target_P4 = transform.get_deltas(anchors_NR4.flatten(0, 1), boxes_NR4.flatten(0, 1))
+    target_P4 = box_coder.get_deltas(anchors_NR4.flatten(0, 1), boxes_NR4.flatten(0, 1))
     loss_NR = box_loss(deltas_NR4.flatten(0, 1), target_P4).view_as(positive_NR)
     return torch.where(positive_NR, loss_NR, 0.0).sum(dim=1)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from torch import Tensor, nn
@@ -21,10 +22,10 @@ RETINANET_HEAD_REGISTRY = ComponentRegistry("MODEL.RETINANET.HEAD")
 
 
 def prior_bias(pi: float) -> float:
-    """-log((1 - pi) / pi): the bias with which sigmoid gives pi (section 4.1, "Initialization").
+    """b = -log((1 - pi) / pi), so that sigmoid(b) = pi (section 4.1, "Initialization").
 
     Args:
-        pi: the prior probability of the rare class; .5, the default initialisation, gives 0.
+        pi: the prior probability of the rare class; .5 gives the usual bias 0.
 
     Raises:
         ConfigError: pi not in (0, 1).
@@ -36,21 +37,21 @@ def prior_bias(pi: float) -> float:
 
 @RETINANET_HEAD_REGISTRY.register()
 class RetinaHead(nn.Module):
-    """Classification and box regression subnet: ``num_convs`` 3x3 convs with ReLU, then a 3x3 conv.
+    """Classification and box subnet: ``num_convs`` 3x3 convs with ReLU, then a 3x3 conv.
 
-    Same structure, separate parameters; both are shared by all levels. Parameter names are those
-    of Detectron2's ``RetinaNetHead``. Weights are Gaussian with sigma .01, biases 0, but for the
-    last classification conv, whose bias is :func:`prior_bias`.
+    The two subnets have the same structure and separate parameters; all levels share them.
+    Parameter names are those of Detectron2's ``RetinaNetHead``. Weights are Gaussian with sigma
+    .01 and biases are 0, except for the last classification conv, whose bias is :func:`prior_bias`.
 
     Args:
-        in_channels: C of the features.
+        in_channels: C, channels of the features.
         num_levels: L; a "BN" norm has its own statistics for each level.
         num_classes: K.
         num_anchors: A, the same on every level.
         num_convs: convs before the last one (4 in the paper).
-        channels: their width; C in the paper, also the default.
-        norm: "" for none (the paper), or a name that Detectron2's ``get_norm`` knows.
-        prior_prob: pi.
+        channels: channels of these convs; None for C, as in the paper.
+        norm: "" for none (the paper), or a name that Detectron2's ``get_norm`` accepts.
+        prior_prob: pi, see :func:`prior_bias`.
     """
 
     def __init__(
@@ -88,17 +89,17 @@ class RetinaHead(nn.Module):
         self.num_levels = num_levels
 
     @classmethod
-    def from_config(cls, cfg: Any, input_shape: Sequence[ShapeSpec]) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, input_shape: Sequence[ShapeSpec]) -> dict[str, Any]:
         """Arguments from ``MODEL.RETINANET`` and the anchors of ``MODEL.ANCHOR_GENERATOR``.
 
         Raises:
-            ConfigError: levels with different numbers of anchors.
+            ConfigError: the levels have different numbers of anchors.
         """
         num_anchors = build_anchor_generator(cfg, list(input_shape)).num_cell_anchors
         if len(set(num_anchors)) != 1:
             raise ConfigError(
-                f"MODEL.ANCHOR_GENERATOR gives {num_anchors} anchors on the levels: the head is "
-                "shared by all levels and needs the same number on each"
+                f"MODEL.ANCHOR_GENERATOR gives {num_anchors} anchors a location on the levels: all "
+                "levels share the head, so they need the same number"
             )
         return {
             "in_channels": input_shape[0].channels,
@@ -122,14 +123,14 @@ class RetinaHead(nn.Module):
 def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
     nn.init.normal_(conv.weight, std=0.01)
-    assert conv.bias is not None  # nn.Conv2d has one by default; for the type checker
+    assert conv.bias is not None  # for the type checker
     nn.init.zeros_(conv.bias)
     return conv
 
 
 def _level_norm(norm: str, num_levels: int) -> str | Callable[[int], nn.Module]:
-    # The levels' activations differ in scale: batch statistics must not be shared by them, and the
-    # cycle over the levels is what Detectron2 does (so are its parameter names).
+    # The activations of the levels differ in scale, so each level needs its own batch statistics.
+    # Detectron2 does it with this class, so the parameter names are the same.
     if norm not in ("BN", "SyncBN"):
         return norm
     bn_class = nn.BatchNorm2d if norm == "BN" else nn.SyncBatchNorm

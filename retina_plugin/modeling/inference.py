@@ -4,39 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import batched_nms  # class-wise NMS in fp32, also without compiled parts
+from detectron2.layers import batched_nms  # NMS by class, in float32
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
+
+from .contracts import BoxCoder
 
 __all__ = ["DenseInference"]
 
 
 class DenseInference:
-    """Score threshold and top-k by level, decoding, then NMS by class over all levels.
+    """Score threshold and top-k on each level, decoding, then NMS by class over all levels.
 
-    Detections equal those of Detectron2's ``RetinaNet`` with the same settings, order included (of
-    equal scores the first anchor comes first, where Detectron2's order is torch's ``topk``). But
-    the raw logits are compared with the threshold's logit, so that nothing is permuted and nothing
-    but the candidates gets a sigmoid.
+    Detections and their order equal those of Detectron2's ``RetinaNet`` with the same settings.
+    Only the order of equal scores may differ: here the first anchor comes first, there ``topk``
+    decides. The raw logits are compared with the logit of the threshold, so nothing is permuted,
+    and the sigmoid is computed for the candidates only.
 
     Args:
         num_classes: K.
         box2box_transform: decodes deltas (``apply_deltas``).
-        score_thresh: only scores above it are looked at (.05).
+        score_thresh: detections need a score above it (.05).
         topk_candidates: predictions of a level that are decoded (1000).
-        nms_thresh: IoU above which the lower-scored of two boxes of a class goes (.5).
-        max_detections: detections of an image (100, COCO's limit).
+        nms_thresh: IoU above which NMS drops the lower-scored of two boxes of a class (.5).
+        max_detections: most detections of an image (100, COCO's limit).
     """
 
     def __init__(
         self,
         *,
         num_classes: int,
-        box2box_transform: Any,
+        box2box_transform: BoxCoder,
         score_thresh: float = 0.05,
         topk_candidates: int = 1000,
         nms_thresh: float = 0.5,
@@ -66,8 +67,8 @@ class DenseInference:
             image_sizes: N pairs (height, width) in pixels, without padding.
 
         Returns:
-            N Instances with pred_boxes (XYXY pixels of the network's input, not clipped),
-            scores (probabilities, decreasing) and pred_classes.
+            N Instances with ``pred_boxes`` (XYXY in pixels of the network's input, not clipped),
+            ``scores`` (probabilities, decreasing) and ``pred_classes``.
         """
         return [
             self._detect(
@@ -99,41 +100,43 @@ class DenseInference:
     def _candidates(
         self, anchors_R4: Tensor, logits: Tensor, deltas: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, scores and classes of one level that are worth an NMS.
+        """Boxes, scores and classes of one level above the threshold, the ``topk_candidates`` best.
 
         Args:
-            logits, deltas: (A*K, H, W) and (A*4, H, W).
+            logits, deltas: (A*K, H, W) and (A*4, H, W) of one image.
         """
-        channel, row, column = _highest(logits, self._logit_thresh, self.topk_candidates)
-        # in float32 whatever the head's precision is, as the NMS
-        scores = _sigmoid(logits[channel, row, column].float())
+        channel, row, column = _select_candidates(logits, self._logit_thresh, self.topk_candidates)
+        scores = _sigmoid(logits[channel, row, column].float())  # float32, as in the NMS
         A, W, K = len(logits) // self.num_classes, logits.shape[2], self.num_classes
-        place = row * W + column
-        entry = (place * A + channel // K) * K + channel % K  # in the order of the anchors
-        # exact where the logit's threshold was only near
-        enough = scores > self.score_thresh
+        location = row * W + column
+        entry = (location * A + channel // K) * K + channel % K  # index of (anchor, class)
+        # the threshold on the logits was a little too low, this one is exact
+        keep = scores > self.score_thresh
         if len(scores) > self.topk_candidates:
-            enough &= scores >= scores.topk(self.topk_candidates).values[-1]
-        scores, entry = scores[enough], entry[enough]
-        # best first, among equals the first anchor: two sorts of a short list
+            keep &= scores >= scores.topk(self.topk_candidates).values[-1]
+        scores, entry = scores[keep], entry[keep]
+        # highest score first; of equal scores the first anchor, because the second sort is stable
         order = entry.argsort()
         order = order[scores[order].argsort(descending=True, stable=True)]
         order = order[: self.topk_candidates]
         anchor, class_ = entry[order] // K, entry[order] % K
-        place, a = anchor // A, anchor % A
-        deltas_S4 = deltas.unflatten(0, (A, 4))[a, :, place // W, place % W]
+        location, a = anchor // A, anchor % A
+        deltas_S4 = deltas.unflatten(0, (A, 4))[a, :, location // W, location % W]
         boxes = self.box2box_transform.apply_deltas(deltas_S4, anchors_R4[anchor])
         return boxes, scores[order], class_
 
 
 def _sigmoid(x: Tensor) -> Tensor:
-    """The same for an entry wherever it stands: torch's vectors and the rest that fills none
-    differ in the last bit, so the rest is filled up."""
+    """Sigmoid whose result does not depend on the position of an entry.
+
+    Torch computes the entries that fill no vector register in another way, which may differ in the
+    last bit. Padding to whole registers avoids that.
+    """
     return F.pad(x, (0, -len(x) % 64)).sigmoid()[: len(x)]
 
 
 def _logit_below(score: float) -> float:
-    """A logit whose float32 score is surely below ``score``, but nearly."""
+    """A logit whose float32 score is certainly below ``score``, but close to it."""
     score = min(score, 1.0) * (1 - 1e-6)
     if score <= 0:
         return -math.inf
@@ -141,22 +144,23 @@ def _logit_below(score: float) -> float:
     return x - 1e-3 - 1e-5 * abs(x)
 
 
-def _highest(logits: Tensor, threshold: float, k: int) -> tuple[Tensor, ...]:
-    """Coordinates of the entries of (C, H, W) logits above a threshold, in any order; those whose
-    score is below that of the k-th highest may be missing.
+def _select_candidates(logits: Tensor, threshold: float, k: int) -> tuple[Tensor, ...]:
+    """Coordinates of the entries of (C, H, W) logits above a threshold, in any order.
 
-    The lines' maxima are looked at first: reading is most of the work, few lines have any entry
-    above, and the k-th highest maximum is a lower bound of the k-th highest entry.
+    Entries with a score below the k-th highest may be missing. The maximum of each line of memory
+    is computed first, because few lines have an entry above the threshold. The k-th highest maximum
+    is a lower bound of the k-th highest entry, so it may raise the threshold.
     """
-    dim = 2 if logits.stride(2) == 1 else 0  # along memory
+    dim = 2 if logits.stride(2) == 1 else 0  # a line runs along the dimension of stride 1
     lines = logits.movedim(dim, 2)
-    # float: a 16-bit tensor would be compared with the threshold rounded to 16 bits
+    # float: comparing 16-bit logits would round the threshold to 16 bits
     highest = lines.amax(dim=2).float()
     if highest.numel() > k:
-        known = torch.where(highest.isnan(), -torch.inf, highest).flatten()
-        kth = known.topk(k).values[-1].sigmoid().item()
-        threshold = max(threshold, _logit_below(kth))  # with all that score the same
-    first, second = torch.where(~(highest <= threshold))  # a NaN hides the rest of its line
+        numbers = torch.where(highest.isnan(), -torch.inf, highest).flatten()
+        kth = numbers.topk(k).values[-1].sigmoid().item()
+        threshold = max(threshold, _logit_below(kth))  # below, to keep all entries of equal score
+    # ~(<=) is True for NaN: a line with a NaN may have other entries above the threshold
+    first, second = torch.where(~(highest <= threshold))
     line, third = torch.where(lines[first, second].float() > threshold)
     first, second = first[line], second[line]
     return (first, second, third) if dim == 2 else (third, first, second)

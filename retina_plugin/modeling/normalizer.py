@@ -6,11 +6,10 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from retina_plugin.errors import ConfigError
+from retina_plugin.config import KEYS
+from retina_plugin.errors import check_choice
 
-__all__ = ["NORMALIZERS", "LossNormalizer"]
-
-NORMALIZERS = ("per_image", "per_gpu", "global", "ema")
+__all__ = ["LossNormalizer"]
 
 
 class LossNormalizer(nn.Module):
@@ -21,13 +20,14 @@ class LossNormalizer(nn.Module):
     - per_image: mean over n of S_n / max(F_n, 1). The paper: "normalized by the number of anchors
       assigned to a ground-truth box" of the image (section 4.1); the mean over images is ours.
     - per_gpu: sum of S_n / sum of (F_n + 1), over the images of the process (Detectron).
-    - global: sum of S_n / max(mean over processes of sum of F_n, 1); averaged over processes, as
-      DistributedDataParallel does, it is that of one process with the whole batch.
-    - ema: sum of S_n / E with E <- momentum E + (1 - momentum) max(F, 1), as in Detectron2, and
-      F the mean over processes of sum of F_n (Detectron2: each process by itself).
+    - global: sum of S_n / max(mean over processes of sum of F_n, 1). DistributedDataParallel
+      averages the gradients over processes, which gives those of one process with the whole batch.
+    - ema: sum of S_n / E with E <- momentum E + (1 - momentum) max(F, 1), as in Detectron2, where
+      F is the mean over processes of sum of F_n (in Detectron2 each process has its own F and E).
 
-    E is the buffer ``ema``: it moves with the model. It is not in the model's state dict, whose
-    keys stay Detectron2's, but in the trainer's, so that a resumed training goes on with it.
+    E is the buffer ``ema``, so it moves with the model. The trainer's state dict holds it, so that
+    a resumed training continues with it. The model's state dict does not: its keys are
+    Detectron2's.
 
     Args:
         mode: one of the above (``NORMALIZER``).
@@ -41,10 +41,8 @@ class LossNormalizer(nn.Module):
 
     def __init__(self, mode: str = "ema", momentum: float = 0.9, initial: float = 100.0) -> None:
         super().__init__()
-        if mode not in NORMALIZERS:
-            raise ConfigError(
-                f"MODEL.RETINANET.NORMALIZER: no '{mode}'; known: {', '.join(NORMALIZERS)}"
-            )
+        key = "MODEL.RETINANET.NORMALIZER"
+        check_choice(key, mode, KEYS[key].choices)
         self.mode, self.momentum = mode, momentum
         self.register_buffer("ema", torch.tensor(float(initial)), persistent=False)
 
@@ -52,7 +50,7 @@ class LossNormalizer(nn.Module):
         return self.mode
 
     def forward(self, num_positives_N: Tensor) -> Tensor:
-        """(N,) float divisors d such that the loss of this process is sum over n of S_n / d_n.
+        """(N,) float divisors d: the loss of this process is the sum over n of S_n / d_n.
 
         Args:
             num_positives_N: (N,) int64, from ``DenseTargets.num_positives_N``.

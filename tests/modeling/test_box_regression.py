@@ -6,7 +6,6 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 
 from retina_plugin.losses.regression import L1, BoxLoss, GIoU, SmoothL1
 from retina_plugin.losses.targets import BACKGROUND, DenseTargets
-from retina_plugin.modeling import box_regression
 from retina_plugin.modeling.box_regression import BoxTransform, box_loss_sums, encode
 
 TRANSFORM = BoxTransform((1.0, 1.0, 1.0, 1.0))
@@ -21,8 +20,8 @@ def random_boxes(n, seed, size=96.0):
 
 @pytest.mark.parametrize("loss", [SmoothL1(0.1), L1()], ids=repr)
 @pytest.mark.parametrize("positives", [0, 1, 40])
-def test_the_loss_of_all_anchors_is_that_of_the_positives(loss, positives):
-    """Sums to rounding, gradients to the bit, whatever is predicted for the others."""
+def test_loss_on_a_gpu_is_that_on_the_cpu(pretend, loss, positives):
+    """Sums to rounding, gradients to the bit, whatever is predicted for the other anchors."""
     generator = torch.Generator().manual_seed(positives)
     N, A, shapes = 2, 9, [(6, 5), (3, 2)]
     R = sum(A * h * w for h, w in shapes)
@@ -33,22 +32,23 @@ def test_the_loss_of_all_anchors_is_that_of_the_positives(loss, positives):
     targets = DenseTargets(label_NR, gt_NR, random_boxes(positives, 1))
     anchors = random_boxes(R, 2)
     results = []
-    for sums_of in (box_regression._of_positives, box_regression._of_all):
+    for device in ("cpu", "cuda"):
         deltas = [
             torch.randn(N, A * 4, h, w, generator=generator.manual_seed(3)) for h, w in shapes
         ]
         h, w = shapes[0]
         others = [i.item() for i in chosen[positives:] if i % R < A * h * w]
         for i, wild in zip(others, (torch.inf, -torch.inf, torch.nan, 1e30)):
-            place, a = i % R // A, i % R % A
-            deltas[0][i // R, 4 * a : 4 * a + 4, place // w, place % w] = wild
+            location, a = i % R // A, i % R % A
+            deltas[0][i // R, 4 * a : 4 * a + 4, location // w, location % w] = wild
         deltas = [x.requires_grad_() for x in deltas]
-        sums_N = sums_of(loss, TRANSFORM, anchors, deltas, targets)
+        with pretend(device, anchors):
+            sums_N = box_loss_sums(loss, TRANSFORM, anchors, deltas, targets)
         results.append((sums_N.detach(), torch.autograd.grad(sums_N.sum(), deltas)))
-    (sums, grads), (sums_of_all, grads_of_all) = results
-    torch.testing.assert_close(sums_of_all, sums, rtol=1e-6, atol=0)
-    assert all(torch.equal(a, b) for a, b in zip(grads_of_all, grads))
-    assert positives or torch.equal(sums_of_all, torch.zeros(N))
+    (cpu_sums, cpu_grads), (gpu_sums, gpu_grads) = results
+    torch.testing.assert_close(gpu_sums, cpu_sums, rtol=1e-6, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(gpu_grads, cpu_grads))
+    assert positives or torch.equal(gpu_sums, torch.zeros(N))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -59,20 +59,37 @@ def test_boxes_are_encoded_as_by_detectron2(dtype):
     assert torch.equal(encode(anchors, boxes, weights), expected)
 
 
-class Lightest(BoxLoss):
-    """Not one of an anchor alone: the mean over the rows is taken off."""
+class RelativeL1(BoxLoss):
+    """A row's loss depends on the other rows: their mean is subtracted."""
 
     def __call__(self, prediction, target):
         loss = (prediction - target).abs().sum(dim=1)
         return loss - loss.mean()
 
 
-def test_only_losses_of_an_anchor_alone_get_all_anchors(monkeypatch):
-    """On an accelerator; a loss of one's own sees the positives there, too."""
-    called = []
-    monkeypatch.setattr(box_regression, "_of_all", lambda *_: called.append("all"))
-    monkeypatch.setattr(box_regression, "_of_positives", lambda *_: called.append("positives"))
-    for device in ("cpu", "meta"):
-        for loss in (SmoothL1(), L1(), GIoU(), Lightest()):
-            box_loss_sums(loss, TRANSFORM, torch.zeros(1, 4, device=device), [], None)
-    assert called == ["positives"] * 4 + ["all", "all", "positives", "positives"]
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "loss, elementwise",
+    [(SmoothL1(), True), (L1(), True), (GIoU(), False), (RelativeL1(), False)],
+    ids=lambda x: x if isinstance(x, bool) else repr(x),
+)
+def test_only_elementwise_losses_are_computed_of_all_anchors(pretend, device, loss, elementwise):
+    """And only on a GPU; other losses see the positive anchors alone."""
+    seen = []
+    R, positives = 9 * 6, [4, 20, 21]
+
+    class Watched(type(loss)):
+        def __call__(self, prediction, target):
+            seen.append(len(prediction))
+            return super().__call__(prediction, target)
+
+    Watched.elementwise = vars(type(loss)).get("elementwise", False)
+    watched = Watched.__new__(Watched)
+    vars(watched).update(vars(loss))
+    label_NR = torch.full((1, R), BACKGROUND, dtype=torch.int16)
+    label_NR[0, positives] = 0
+    targets = DenseTargets(label_NR, torch.zeros(1, R, dtype=torch.int64), random_boxes(1, 1))
+    anchors = random_boxes(R, 2)
+    with pretend(device, anchors):
+        box_loss_sums(watched, TRANSFORM, anchors, [torch.zeros(1, 9 * 4, 2, 3)], targets)
+    assert seen == [R if device == "cuda" and elementwise else len(positives)]

@@ -34,7 +34,7 @@ def detectron2_cfg(meta_architecture, norm="", depth=18):
 
 @pytest.fixture(scope="module")
 def pair():
-    """(ours, Detectron2's) with the same weights, spread enough to give detections."""
+    """(ours, Detectron2's) with the same weights, large enough to give detections."""
     torch.manual_seed(0)
     ours = build_model(detectron2_cfg("FocalRetinaNet")).eval()
     with torch.no_grad():
@@ -88,7 +88,7 @@ def reset_average(pair):
 
 
 @pytest.mark.parametrize("norm, depth", [("", 18), ("GN", 18), ("BN", 18), ("", 50)])
-def test_state_dicts_are_the_same_both_ways(norm, depth):
+def test_state_dict_is_detectron2s(norm, depth):
     ours = build_model(detectron2_cfg("FocalRetinaNet", norm, depth))
     theirs = build_model(detectron2_cfg("RetinaNet", norm, depth))
     shapes = {k: v.shape for k, v in ours.state_dict().items()}
@@ -121,9 +121,7 @@ def test_batches_have_positives_and_ignored_anchors(pair):
     images = ours.preprocess_image(batch)
     features = [ours.backbone(images.tensor)[f] for f in ours.head_in_features]
     targets = ours.labeler(
-        Boxes.cat(ours.anchor_generator(features)).tensor,
-        [x["instances"].gt_boxes.tensor for x in batch],
-        [x["instances"].gt_classes for x in batch],
+        Boxes.cat(ours.anchor_generator(features)).tensor, [x["instances"] for x in batch]
     )
     assert len(targets.positive_anchor) > 20 and len(targets.ignored_anchor) > 10
     assert len(targets.positive_class.unique()) >= 5
@@ -158,7 +156,7 @@ def test_every_box_loss_is_detectron2s(pair, name, monkeypatch):
     torch.testing.assert_close(grad, their, rtol=1e-4, atol=1e-5 * their.abs().max().item())
 
 
-def test_moving_average_goes_on_as_detectron2s(pair):
+def test_moving_average_is_detectron2s(pair):
     reset_average(pair)
     for batch in (BATCHES["many gt"], BATCHES["none"], BATCHES["one gt"]):
         (ours, _, _), (theirs, _, _) = (losses_and_gradients(m, batch) for m in pair)
@@ -188,7 +186,7 @@ def test_detections_are_detectron2s(pair):
         assert ours.image_size == theirs.image_size
 
 
-def test_test_keys_are_obeyed(pair):
+def test_keys_of_inference_have_an_effect(pair):
     ours = pair[0].eval()
     batch = [{"image": image(8)}]
 
@@ -209,10 +207,10 @@ def test_test_keys_are_obeyed(pair):
     assert len(detect(nms_thresh=1.0, max_detections=10_000)) > len(all_of_them)
 
 
-def test_images_without_objects_have_box_loss_zero_and_a_graph(pair):
+def test_box_loss_without_objects_is_zero_and_has_a_gradient(pair):
     losses, grads, scalars = losses_and_gradients(pair[0], BATCHES["none"])
     assert losses["loss_box_reg"].item() == 0.0 and losses["loss_cls"].item() > 0
-    assert not grads["head.bbox_pred.weight"].any()  # zeros, not None: DDP wants every gradient
+    assert not grads["head.bbox_pred.weight"].any()  # zeros, not None: DDP needs every gradient
     assert grads["head.cls_score.weight"].any()
     assert scalars["num_pos_anchors"] == 0
 
@@ -229,8 +227,8 @@ def test_scalars_add_up(pair):
     )
 
 
-def test_ohem_divides_by_the_anchors_that_stay(pair):
-    """With room for all and an NMS that removes nothing: the dense sums over their number."""
+def test_ohem_divides_by_the_number_of_sampled_anchors(pair):
+    """If it takes all anchors, the loss is the dense sum divided by their number."""
     cfg = detectron2_cfg("FocalRetinaNet")
     cfg.MODEL.RETINANET.NORMALIZER = "per_image"
     cfg.MODEL.RETINANET.SAMPLER = "OHEM"
@@ -255,14 +253,14 @@ def test_ohem_divides_by_the_anchors_that_stay(pair):
     assert scalars["retinanet/normalizer"] == 16
 
 
-def test_the_logged_model_says_what_it_is_trained_with(pair):
+def test_printed_model_names_its_losses(pair):
     text = repr(pair[0])
     assert "cls_loss=FocalLoss(alpha=0.25, gamma=2.0), box_loss=SmoothL1(beta=0.0)" in text
     assert "(normalizer): LossNormalizer(ema)" in text
 
 
 @pytest.mark.parametrize("pi, per_entry", [(0.01, 0.01005), (0.5, 0.69315)])
-def test_first_loss_is_the_priors(pi, per_entry):
+def test_first_loss_follows_from_the_prior(pi, per_entry):
     """Section 3.3: CE of a background entry is -log(1 - pi) at the start."""
     cfg = detectron2_cfg("FocalRetinaNet")
     cfg.MODEL.RETINANET.PRIOR_PROB = pi
@@ -289,18 +287,18 @@ def test_per_image_normaliser_is_the_papers(pair):
         torch.testing.assert_close(together[name], mean, rtol=1e-5, atol=0)
 
 
-def test_crowds_are_ignored_where_that_is_asked_for(pair, monkeypatch):
-    """The crowd's box is no object, and fewer anchors are background; its class does not matter."""
+def test_crowds_are_no_objects_and_may_be_ignored(pair, monkeypatch):
+    """Without the threshold a crowd changes nothing; with it fewer anchors are background."""
     ours, _ = pair
     reset_average(pair)
     boxes, classes = MANY[:2], [3, 4]
     _, _, without = losses_and_gradients(ours, [record(1, boxes, classes)])
     crowd = record(1, [*boxes, [64, 48, 127, 95]], [*classes, 5])
-    crowd["instances"].gt_ignore = torch.tensor([False, False, True])
+    crowd["instances"].gt_iscrowd = torch.tensor([False, False, True])
 
     reset_average(pair)
     _, _, unused = losses_and_gradients(ours, [crowd])
-    assert unused == without  # a mapper that keeps crowds does not make objects of them
+    assert unused == without
 
     monkeypatch.setattr(ours.labeler, "ignore_iof_thresh", 0.5)
     reset_average(pair)
@@ -309,12 +307,12 @@ def test_crowds_are_ignored_where_that_is_asked_for(pair, monkeypatch):
     assert ignored["retinanet/cls_foreground"] == without["retinanet/cls_foreground"]
     assert ignored["retinanet/cls_background"] < without["retinanet/cls_background"]
 
-    with pytest.raises(ConfigError, match="IGNORE_IOF_THRESH needs the field gt_ignore"):
+    with pytest.raises(ConfigError, match="IGNORE_IOF_THRESH needs the field gt_iscrowd"):
         losses_and_gradients(ours, [crowd, record(2, boxes, classes)])
 
 
 @pytest.mark.parametrize("option", ["loss_in_place", "loss_backend"])
-def test_options_of_the_loss_change_nothing(pair, monkeypatch, option):
+def test_loss_options_do_not_change_the_result(pair, monkeypatch, option):
     """In place or in plain PyTorch: the same losses and gradients."""
     ours, _ = pair
     results = []
@@ -328,51 +326,87 @@ def test_options_of_the_loss_change_nothing(pair, monkeypatch, option):
         torch.testing.assert_close(got / scale, expected / scale, rtol=1e-5, atol=1e-6)
 
 
-def test_pictures_need_the_logits():
-    """One line before training, whatever trainer there is."""
+def test_loss_in_place_excludes_pictures():
     cfg = detectron2_cfg("FocalRetinaNet")
     cfg.MODEL.RETINANET.LOSS_IN_PLACE, cfg.VIS_PERIOD = True, 20
     with pytest.raises(ConfigError, match="LOSS_IN_PLACE overwrites the logits .* VIS_PERIOD 20"):
         build_model(cfg)
 
 
-def test_a_model_to_detect_with_needs_no_kernel(monkeypatch):
-    """A config of another machine's training builds; an unknown name does not."""
+def test_inference_does_not_need_the_loss_backend():
+    """A config that was trained with another backend detects; an unknown name raises."""
     cfg = detectron2_cfg("FocalRetinaNet")
     cfg.MODEL.RETINANET.LOSS_BACKEND = "triton"
     assert len(build_model(cfg).eval()([{"image": image(0)}])) == 1
     cfg.MODEL.RETINANET.LOSS_BACKEND = "cuda"
-    with pytest.raises(ConfigError, match="LOSS_BACKEND: no 'cuda'; known: auto, eager, native"):
+    with pytest.raises(ConfigError, match="LOSS_BACKEND.*'cuda'.*known: auto, eager, native"):
         build_model(cfg)
 
 
-def test_a_batch_without_ground_truth_says_what_to_do(pair):
+def test_missing_instances_raise(pair):
     model = pair[0].train()
     with pytest.raises(ConfigError, match=r"no 'instances': .*is_train=True"):
         model([{"image": image(0)}])
     model.eval()
 
 
-def test_crowds_are_split_wherever_the_instances_come_in(pair, monkeypatch):
-    """By ``forward``, or by ``forward_training`` if a subclass has its own ``forward``."""
-    model, seen = pair[0].train(), []
-    labeler = model.labeler
-    monkeypatch.setattr(model, "labeler", lambda *args: seen.append(args[1:]) or labeler(*args))
+def test_forward_training_takes_detectron2s_arguments(pair):
+    """A subclass with a ``forward`` of its own gets the same losses, crowds included."""
+    model = pair[0].train()
     one = record(9, [[10, 12, 60, 75], [20, 20, 90, 90]], [7, 8])
-    one["instances"].gt_ignore = torch.tensor([False, True])
+    one["instances"].gt_iscrowd = torch.tensor([False, True])
     images = model.preprocess_image([one])
     features = [model.backbone(images.tensor)[f] for f in model.head_in_features]
     with EventStorage():
-        model([one])
-        model.forward_training(images, features, model.head(features), [one["instances"]])
+        reset_average(pair)
+        expected = model([one])
+        reset_average(pair)
+        losses = model.forward_training(images, features, model.head(features), [one["instances"]])
     model.eval()
-    for (boxes,), (classes,), (crowd,) in seen:
-        assert boxes.tolist() == [[10, 12, 60, 75]] and classes.tolist() == [7]
-        assert crowd.tolist() == [[20, 20, 90, 90]]
-    assert len(seen) == 2
+    assert all(torch.equal(losses[name], loss) for name, loss in expected.items())
 
 
-def test_whatever_a_batch_has_reaches_preprocess_image(pair, monkeypatch):
+def test_a_labeler_of_your_own_gets_the_instances(pair, monkeypatch):
+    """All of them, with the fields of the mapper."""
+    model, seen = pair[0].train(), []
+    labeler = model.labeler
+
+    def label(anchors_R4, gt_instances):
+        seen.extend(gt_instances)
+        return labeler(anchors_R4, gt_instances)
+
+    monkeypatch.setattr(model, "labeler", label)
+    one = record(9, [[10, 12, 60, 75], [20, 20, 90, 90]], [7, 8])
+    one["instances"].gt_iscrowd = torch.tensor([False, True])
+    with EventStorage():
+        model([one])
+    model.eval()
+    assert seen[0].gt_classes.tolist() == [7, 8] and seen[0].gt_iscrowd.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("period, iteration, shown", [(0, 0, 0), (2, 4, 1), (2, 5, 0)])
+def test_pictures_show_pixels_and_objects(pair, monkeypatch, period, iteration, shown):
+    """Every ``vis_period`` iterations; crowds are no objects."""
+    model, seen = pair[0], []
+    monkeypatch.setattr(model, "vis_period", period)
+    visualize = model.visualize_training
+    monkeypatch.setattr(
+        model, "visualize_training", lambda *args: seen.append(args) or visualize(*args)
+    )
+    one = record(9, [[10, 12, 60, 75], [20, 20, 90, 90]], [7, 8])
+    one["instances"].gt_iscrowd = torch.tensor([False, True])
+    model.train()
+    with EventStorage(iteration) as storage:
+        model([one, record(10, [], [])])
+        assert len(storage._vis_data) == len(seen) == shown
+    model.eval()
+    for inputs, detections in seen:
+        assert inputs[0]["instances"].gt_boxes.tensor.tolist() == [[10, 12, 60, 75]]
+        assert torch.equal(inputs[0]["image"], one["image"])
+        assert len(inputs) == len(detections) == 1
+
+
+def test_all_fields_of_a_record_reach_preprocess_image(pair, monkeypatch):
     model, seen = pair[0], []
     preprocess = model.preprocess_image
     monkeypatch.setattr(model, "preprocess_image", lambda x: seen.append(x[0]) or preprocess(x))
