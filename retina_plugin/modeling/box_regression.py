@@ -73,8 +73,9 @@ def box_loss_sums(
     Returns:
         (N,) float32. An image without positive anchors has 0, which still has a gradient (of 0).
     """
-    # Dense on a GPU, because gathering needs the number of positives and so synchronises. But only
-    # if each loss depends on its own anchor alone; torchvision's IoU losses synchronise anyway.
+    # Dense on a GPU, because gathering needs the number of positives on the host and so
+    # synchronises. But only if each loss depends on its own anchor alone. (torchvision's IoU losses
+    # synchronise anyway.)
     dense = anchors_R4.device.type != "cpu" and box_loss.is_elementwise()
     sum_loss = _dense_box_loss if dense else _gathered_box_loss
     return sum_loss(box_loss, box_coder, anchors_R4, deltas, targets)
@@ -87,7 +88,7 @@ def _gathered_box_loss(
     deltas: Sequence[Tensor],
     targets: DenseTargets,
 ) -> Tensor:
-    """The loss of the positive anchors alone, some hundred rows: least work."""
+    """The loss of the positive anchors only: a few hundred rows."""
     image, anchor = targets.positive_image, targets.positive_anchor
     anchors_P4, boxes_P4 = anchors_R4[anchor], targets.positive_gt_box
     deltas_P4 = gather_anchors(deltas, image, anchor, 4)

@@ -1,7 +1,7 @@
-"""What the parts of the detector pass to each other, and how a part of your own is called.
+"""The interfaces of the detector's parts: what to write to replace one.
 
-The detector calls its parts by position. A class or a function with the right arguments is enough:
-nothing has to be inherited.
+A class or a function with the same arguments will do, nothing has to be inherited. The detector
+passes the arguments by position.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Matches(NamedTuple):
 class Matcher(Protocol):
     """Matches the anchors of one image to its ground-truth boxes.
 
-    A matcher sees no classes. So it labels as in a problem with one class: 0 is a matched anchor,
-    to which the labeler gives the class of its box.
+    A matcher does not see the classes. So it gives the label 0 to every matched anchor, as if there
+    were one class only; the labeler replaces 0 by the class of the box.
 
     Example:
         Every anchor with an IoU of at least .5 is positive, no anchor is ignored::
@@ -70,7 +70,7 @@ class Labeler(Protocol):
         Args:
             anchors_R4: anchors of all levels, XYXY in pixels of the network's input.
             gt_instances: N Instances with ``gt_boxes``, ``gt_classes`` and, if the mapper keeps
-                crowds, ``gt_iscrowd``.
+                crowd boxes, ``gt_iscrowd`` (bool, on the host). Crowd boxes are not objects.
         """
         ...
 
@@ -101,13 +101,16 @@ class Sampler(Protocol):
             targets: labels of the batch.
             score_anchors: ``score_anchors()`` is the (N, R) classification loss of every anchor,
                 summed over classes; -inf where it is ignored.
-            predict_boxes: ``predict_boxes(n, anchor_S)`` are the (S, 4) decoded boxes of some
-                anchors of image n, XYXY in pixels of the network's input.
+            predict_boxes: ``predict_boxes(n, anchor_S)`` are the (S, 4) predicted boxes of the
+                given anchors of image n, XYXY in pixels of the network's input.
 
         Returns:
-            The chosen anchors, none of which may be ignored; each image's loss is divided by their
-            number. None stands for every anchor that is not ignored; the loss is then divided by
-            ``MODEL.RETINANET.NORMALIZER``, and a kernel may compute it.
+            The chosen anchors, or None.
+
+            - A ``Sample`` must not contain ignored anchors. The loss of each image is the mean over
+              its sampled anchors.
+            - None means every anchor that is not ignored. The loss is the sum over them, divided
+              as ``MODEL.RETINANET.NORMALIZER`` says; ``MODEL.RETINANET.LOSS_BACKEND`` computes it.
         """
         ...
 

@@ -164,7 +164,7 @@ class FocalRetinaNet(DenseDetector):
         }
 
     def extra_repr(self) -> str:
-        # the losses are no modules, and the printed model should name them
+        # PyTorch prints submodules only, and the losses are none
         return f"cls_loss={self.cls_loss}, box_loss={self.box_loss}"
 
     def forward(self, batched_inputs: Sequence[Mapping[str, Any]]) -> Any:
@@ -217,7 +217,8 @@ class FocalRetinaNet(DenseDetector):
             self.box_loss, self.box2box_transform, anchors_R4, deltas, targets
         )
         storage = get_event_storage()
-        # each scalar synchronises with a GPU: there only when Detectron2's writers write
+        # Each scalar synchronises with a GPU. So on a GPU there are scalars only in the iterations
+        # in which Detectron2's writers write.
         if self.device.type == "cpu" or (storage.iter + 1) % LOG_PERIOD == 0:
             level_sizes = dict(zip(self.head_in_features, map(len, level_anchors)))
             scalars = training_scalars(level_sizes, targets, cls_sums, cls_divisor_N)

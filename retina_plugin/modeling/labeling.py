@@ -20,8 +20,8 @@ __all__ = ["AnchorLabeler"]
 class AnchorLabeler:
     """Turn the ground truth of a batch into :class:`DenseTargets`.
 
-    Crowd boxes (``gt_iscrowd``) are no objects: the matcher does not see them, and their class does
-    not matter.
+    Crowd boxes (``gt_iscrowd``) are not objects: the matcher does not see them, and their class is
+    not used.
 
     Args:
         matcher: finds the box of each anchor,

@@ -108,7 +108,7 @@ class AnchorMatcher:
         gt_R = corners_4R.new_zeros(len(anchors_R4), dtype=torch.int64)
         label_R = torch.full_like(gt_R, self.labels[0], dtype=torch.int8)
         if len(gt_boxes_G4) and len(anchors_R4):
-            # to know which boxes overlap a piece, the host needs numbers: a GPU would synchronise
+            # choosing the boxes of a piece takes numbers on the host: a GPU would synchronise
             match = _match_touching if anchors_R4.device.type == "cpu" else _match_all
             for anchors, parts in match(gt, corners_4R, promote=self.low_quality != "never"):
                 sizes = [part.stop - part.start for part in parts]
@@ -180,7 +180,7 @@ class _Anchors(NamedTuple):
         """
         x1, y1, x2, y2 = (c[:, None] for c in gt.corners_G4.unbind(dim=1))
         ax1, ay1, ax2, ay2 = self.corners_4R
-        # one clamp is enough: the product is positive only if both factors are
+        # one clamp is enough: width is not negative then, so a negative height gives IoU <= 0
         width = torch.min(x2, ax2).sub_(torch.max(x1, ax1)).clamp_(min=0)
         height = torch.min(y2, ay2).sub_(torch.max(y1, ay1))
         intersection = width.mul_(height)
@@ -195,7 +195,7 @@ class _Anchors(NamedTuple):
             iou_R = iou_gR.amax(dim=0)
             # the first of the boxes with the highest IoU; 0 for the others is above every index
             index_R = iou_gR.eq_(iou_R).mul_(gt.index_G[:, None]).amin(dim=0)
-        # greater, not equal: the first box stays
+        # strictly greater: of equal IoUs the first box stays
         better_R = torch.gt(iou_R, self.iou_R, out=torch.empty_like(iou_R))
         self.gt_R.lerp_(index_R + _INDEX_OFFSET, better_R)
         torch.max(self.iou_R, iou_R, out=self.iou_R)

@@ -39,7 +39,7 @@ class AllAnchors:
         score_anchors: Callable[[], Tensor],
         predict_boxes: Callable[[int, Tensor], Tensor],
     ) -> None:
-        """None, which stands for every anchor that is not ignored (``contracts.Sampler``)."""
+        """None, which means every anchor that is not ignored (see ``contracts.Sampler``)."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def test_levels_are_p3_to_p7_at_their_strides(depth, source):
 
 
 @pytest.mark.parametrize("source", ["res5", "p5"])
-def test_p6_and_p7_come_from_where_the_config_says(source):
+def test_p6_source_selects_the_input_of_p6(source):
     backbone = build_backbone(cfg_with(18, source=source)).eval()
     image = torch.randn(1, 3, 64, 64)
     features = backbone(image)
@@ -73,6 +73,6 @@ def test_frozen_stages_have_no_gradient():
     assert trained == {"res3", "res4", "res5"}
 
 
-def test_unknown_source_is_refused():
-    with pytest.raises(ConfigError, match="P6_SOURCE.*'c5'.*res5, p5"):
+def test_unknown_source_raises():
+    with pytest.raises(ConfigError, match="MODEL.RETINANET.P6_SOURCE.*'c5'.*res5, p5"):
         build_backbone(cfg_with(18, source="c5"))

@@ -28,7 +28,7 @@ SYNCHRONISES = (DataDependentOutputException, DynamicShape)
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """Replaces what needs a GPU, or numbers, and is not ours to test here."""
+    """Stand-ins for what needs a GPU or numbers: the kernel, pinned memory and padding."""
 
     def kernel_sums(x, *_):
         return x.new_empty(len(x), 2, dtype=torch.float64)
@@ -39,7 +39,7 @@ def stand_ins(monkeypatch):
         monkeypatch.setattr(dense, "choose_backend", lambda *_: kernel)
     else:
         monkeypatch.setattr(dense, "_level_sums", kernel_sums)
-    # the CUDA driver
+    # pinning memory needs the CUDA driver
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     # padding: Detectron2 computes the size of the batch with tensors on the host
     monkeypatch.setattr(

@@ -30,7 +30,7 @@ def test_prior_bias_makes_sigmoid_give_pi():
 
 
 @pytest.mark.parametrize("pi", [0.0, 1.0, -0.1])
-def test_impossible_prior_is_refused(pi):
+def test_prior_out_of_range_raises(pi):
     with pytest.raises(ConfigError, match="PRIOR_PROB"):
         prior_bias(pi)
 
@@ -64,7 +64,7 @@ def test_parameters_and_outputs_are_detectron2s(norm, num_convs):
             assert torch.equal(x, y)
 
 
-def test_subnets_share_no_parameters_and_levels_share_all():
+def test_levels_share_parameters_and_subnets_do_not():
     head = RETINANET_HEAD_REGISTRY.build(cfg_with(NUM_CLASSES=3, NUM_CONVS=2), SHAPES)
     logits, deltas = head([torch.ones(1, 16, 8, 8), torch.ones(1, 16, 8, 8)])
     assert torch.equal(logits[0], logits[1]) and torch.equal(deltas[0], deltas[1])
@@ -72,14 +72,14 @@ def test_subnets_share_no_parameters_and_levels_share_all():
     assert not cls & {id(p) for p in head.bbox_subnet.parameters()}
 
 
-def test_levels_with_different_anchors_are_refused():
+def test_levels_with_different_numbers_of_anchors_raise():
     cfg = cfg_with()
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64, 80]]
     with pytest.raises(ConfigError, match=r"ANCHOR_GENERATOR gives \[3, 6\]"):
         RETINANET_HEAD_REGISTRY.build(cfg, SHAPES)
 
 
-def test_another_number_of_levels_is_refused():
+def test_wrong_number_of_levels_raises():
     head = RETINANET_HEAD_REGISTRY.build(cfg_with(), SHAPES)
     with pytest.raises(ValueError, match="2 levels, not 1"):
         head([torch.zeros(1, 16, 8, 8)])

@@ -10,8 +10,8 @@ from detectron2.structures import ImageList
 from retina_plugin.modeling.inference import DenseInference
 
 K, A, SIZE = 8, 4, (96, 160)
-# entries of a level are multiples of 64: of what remains beside torch's vectors, Detectron2's
-# sigmoid of all entries and ours of the candidates could differ in the last bit
+# Each level has a multiple of 64 entries, so torch computes all sigmoids in full vectors. The rest
+# behind the last full vector could differ from our sigmoids in the last bit.
 LEVELS = [(12, 20), (6, 10), (4, 8)]
 TRANSFORM = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
 
@@ -54,7 +54,7 @@ def ours(anchors, logits, deltas, **settings):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("topk", [1, 40, 1000])  # fewer and more than lines of memory, and entries
+@pytest.mark.parametrize("topk", [1, 40, 1000])  # below and above the numbers of lines and entries
 @pytest.mark.parametrize("score_thresh", [0.0, 0.05, 0.5, 0.999])
 @pytest.mark.parametrize("mean", [-6.0, -1.0])
 def test_detections_are_detectron2s_to_the_bit(anchors, mean, score_thresh, topk, channels_last):
@@ -76,14 +76,14 @@ def test_nothing_above_the_threshold(anchors):
     assert got.scores.dtype == torch.float32 and got.pred_classes.dtype == torch.int64
 
 
-def test_of_equal_scores_the_first_anchor_counts(anchors):
-    """Scores that saturate at 1 are equal though their logits are not."""
+def test_equal_scores_are_in_the_order_of_the_anchors(anchors):
+    """Scores that saturate at 1 are equal although their logits are not."""
     logits, deltas = head_output(-9.0, num_images=1)
     flat = logits[0].view(A, K, *LEVELS[0])
     # (anchor of the location, class, row, column), from the last to the first in anchor order
-    places = [(1, 3, 11, 2), (2, 0, 5, 19), (0, 6, 5, 19), (0, 2, 0, 0)]
-    for height, place in zip((20.0, 30.0, 40.0, 50.0), places):
-        flat[place] = height
+    entries = [(1, 3, 11, 2), (2, 0, 5, 19), (0, 6, 5, 19), (0, 2, 0, 0)]
+    for logit, entry in zip((20.0, 30.0, 40.0, 50.0), entries):
+        flat[entry] = logit
     deltas = [torch.zeros_like(x) for x in deltas]
     for topk in (2, 4):
         (got,) = ours(anchors, logits, deltas, topk_candidates=topk, score_thresh=0.9)
@@ -113,21 +113,26 @@ def best(logits, topk, score_thresh):
 @pytest.mark.parametrize("topk", [1, 40, 1000])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_no_candidate_is_lost_to_rounding(anchors, dtype, score_thresh, topk, channels_last):
-    """16-bit logits lie on the threshold, and on that of the k-th best, more often than not."""
+    """16-bit logits are often equal to the threshold or to the k-th best."""
     inference = DenseInference(
-        num_classes=K, box2box_transform=TRANSFORM, score_thresh=score_thresh, topk_candidates=topk
+        num_classes=K,
+        box2box_transform=TRANSFORM,
+        score_thresh=score_thresh,
+        topk_candidates=topk,
+        nms_thresh=1.0,
+        max_detections=10**6,
     )
     for mean in (-4.6, -2.9, 9.0):
         logits, deltas = head_output(mean, num_images=1, dtype=dtype, channels_last=channels_last)
         logits[0][0, 1] = logits[0][0, 0]  # ties
         logits[0][0, 2] = 1.5
         for level in zip(anchors, logits, deltas):
-            _, scores, _ = inference._candidates(level[0].tensor, level[1][0], level[2][0])
-            assert torch.equal(scores, best(level[1][0], topk, score_thresh))
+            (got,) = inference(*([x] for x in level), [SIZE])
+            assert torch.equal(got.scores, best(level[1][0], topk, score_thresh))
 
 
-def test_a_nan_hides_nothing_else(anchors):
-    """As in Detectron2, where it is no detection and the others are."""
+def test_nan_logits_do_not_hide_other_detections(anchors):
+    """As in Detectron2: a NaN is no detection, and the others are found."""
     logits, deltas = head_output(-4.0)
     logits[0][:, 3, 2, 4] = torch.nan
     logits[1][:, :, 0, 0] = torch.nan
@@ -138,7 +143,6 @@ def test_a_nan_hides_nothing_else(anchors):
 
 
 def test_head_output_is_not_modified(anchors):
-    """What a caller looks at afterwards is what the head gave."""
     logits, deltas = head_output(-1.0)
     before = [x.clone() for x in logits + deltas]
     ours(anchors, logits, deltas)

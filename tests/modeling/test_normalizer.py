@@ -1,4 +1,4 @@
-"""What the losses are divided by, in one process and in two."""
+"""The divisors of the losses, in one process and in two."""
 
 import pytest
 import torch
@@ -11,16 +11,16 @@ from retina_plugin.modeling import LossNormalizer
 POSITIVES = torch.tensor([30, 0, 6])
 
 
-def test_per_image_is_the_mean_of_each_images_own():
+def test_per_image_divides_each_image_by_its_own_positives():
     divisor = LossNormalizer("per_image")(POSITIVES)
     assert divisor.tolist() == [90.0, 3.0, 18.0]  # 3 images x max(F_n, 1)
 
 
-def test_per_gpu_is_detectrons_sum_of_one_more_each():
+def test_per_gpu_adds_one_for_each_image_as_detectron():
     assert LossNormalizer("per_gpu")(POSITIVES).tolist() == [39.0] * 3
 
 
-def test_global_in_one_process_is_the_batchs_sum():
+def test_global_in_one_process_is_the_sum_over_the_batch():
     assert LossNormalizer("global")(POSITIVES).tolist() == [36.0] * 3
     assert LossNormalizer("global")(torch.zeros(2, dtype=torch.int64)).tolist() == [1.0] * 2
 
@@ -35,7 +35,7 @@ def test_ema_is_detectron2s_recurrence():
         torch.testing.assert_close(divisor, torch.full((len(positives),), expected))
 
 
-def test_earlier_divisors_are_not_changed_by_later_steps():
+def test_later_steps_do_not_change_earlier_divisors():
     normalizer = LossNormalizer("ema")
     first = normalizer(POSITIVES)
     kept = first.clone()
@@ -43,14 +43,16 @@ def test_earlier_divisors_are_not_changed_by_later_steps():
     assert torch.equal(first, kept)
 
 
-def test_the_average_moves_with_the_model_but_is_not_in_its_state_dict():
+def test_moving_average_is_a_buffer_outside_the_state_dict():
     normalizer = LossNormalizer("ema")
     assert dict(normalizer.named_buffers()).keys() == {"ema"}
     assert normalizer.state_dict() == {}
 
 
-def test_unknown_mode_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="NORMALIZER.*per_image, per_gpu, global, ema"):
+def test_unknown_mode_raises():
+    with pytest.raises(
+        ConfigError, match="MODEL.RETINANET.NORMALIZER.*per_image, per_gpu, global, ema"
+    ):
         LossNormalizer("sum")
 
 
@@ -62,8 +64,9 @@ def _two_processes(rank, store, results):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_share_global_and_ema_only(tmp_path):
-    """Averaging gradients over processes, S_0/d + S_1/d with d the mean is (S_0 + S_1)/sum."""
+def test_only_global_and_ema_are_shared_by_processes(tmp_path):
+    """With d the mean of F_0 and F_1, the averaged loss (S_0/d + S_1/d) / 2 is that of one process:
+    (S_0 + S_1) / (F_0 + F_1)."""
     results = torch.multiprocessing.Manager().dict()
     torch.multiprocessing.spawn(
         _two_processes, args=(f"file://{tmp_path}/store", results), nprocs=2
