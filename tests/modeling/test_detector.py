@@ -342,7 +342,7 @@ def test_a_model_to_detect_with_needs_no_kernel(monkeypatch):
     cfg.MODEL.RETINANET.LOSS_BACKEND = "triton"
     assert len(build_model(cfg).eval()([{"image": image(0)}])) == 1
     cfg.MODEL.RETINANET.LOSS_BACKEND = "cuda"
-    with pytest.raises(ConfigError, match="LOSS_BACKEND: no 'cuda'; known: auto, eager, native"):
+    with pytest.raises(ConfigError, match="LOSS_BACKEND: unknown 'cuda'; known: auto, eager"):
         build_model(cfg)
 
 
