@@ -72,8 +72,9 @@ class ClassificationLoss:
         formula: how compiled kernels compute ``value`` and ``derivative``; None (the default): they
             cannot, plain PyTorch does. Not inherited, because an override may break it: every class
             declares it itself.
-        self_test_arguments: with ``formula``: the constructor's arguments, other than the defaults,
-            with which a kernel is compared with plain PyTorch before it is used.
+        self_test_arguments: constructor arguments of the instances with which a kernel is compared
+            with plain PyTorch before it is used. Read for classes with a ``formula``; by default
+            one instance without arguments.
 
     Raises:
         ConfigError: alpha outside [0, 1].

@@ -202,7 +202,7 @@ def _gradient_buffer(x: Tensor, in_place: bool) -> Tensor:
         # kernels write through pointers: autograd has to be told
         torch.autograd.graph.increment_version(x)
         return x
-    # float16 would underflow where a loss scaler, whose factor comes in backward, prevents it
+    # float16 would underflow: a loss scaler's factor comes in backward, after this is written
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     return torch.empty_like(x, dtype=dtype)
 

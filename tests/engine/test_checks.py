@@ -263,7 +263,9 @@ def test_options_of_training_that_cannot_be(tiny_cfg, overrides, line):
 
 def test_a_loss_backend_that_cannot_be_had(tiny_cfg, monkeypatch):
     """Said before a model is built, by a training; evaluation has no loss."""
-    monkeypatch.setattr("retina_plugin.losses.dense._obstacle", lambda name: "no C++ compiler")
+    monkeypatch.setattr(
+        "retina_plugin.losses.backends.select.unavailable_reason", lambda name: "no C++ compiler"
+    )
     check_config(tiny_cfg)
     tiny_cfg.MODEL.RETINANET.LOSS_BACKEND = "native"
     line = "MODEL.RETINANET.LOSS_BACKEND native is not available: no C++ compiler; set it to auto"

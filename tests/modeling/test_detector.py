@@ -339,7 +339,7 @@ def test_inference_does_not_need_the_loss_backend():
     cfg.MODEL.RETINANET.LOSS_BACKEND = "triton"
     assert len(build_model(cfg).eval()([{"image": image(0)}])) == 1
     cfg.MODEL.RETINANET.LOSS_BACKEND = "cuda"
-    with pytest.raises(ConfigError, match="LOSS_BACKEND.*'cuda'.*known: auto, eager, native"):
+    with pytest.raises(ConfigError, match="LOSS_BACKEND: unknown 'cuda'; known: auto, eager"):
         build_model(cfg)
 
 

@@ -109,7 +109,7 @@ ALWAYS_INLINE Terms terms(float x, const Loss& loss) {
     const float negative = select(z < 0, select(z < -1e30f, -1e30f, z), 0.0f);
     const float high = loss.gamma * negative;
     const float low = std::fma(loss.gamma, negative, -high) - loss.gamma * log1p_e;
-    // high and low are never both large: their sum loses nothing
+    // |low| > |high| only near z = 0, where the rounding of the sum does not matter
     const float sum = high + low;
     modulating = exp_negative<true>(sum, low - (sum - high));
   }

@@ -1,5 +1,6 @@
-"""The Triton kernels: run by Triton's interpreter on the CPU, and compiled for CUDA without one."""
+"""The Triton kernels: run by Triton's interpreter on the CPU, and compiled for CUDA."""
 
+import functools
 import importlib.util
 import multiprocessing
 import re
@@ -12,8 +13,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retina_plugin.losses import CrossEntropy, FocalLoss, FocalLossStar, HingeLoss, dense
-from retina_plugin.losses.backends import triton as tk
+from retina_plugin.losses import (
+    CrossEntropy,
+    DenseTargets,
+    FocalLoss,
+    FocalLossStar,
+    HingeLoss,
+    dense_classification_loss,
+)
+from retina_plugin.losses.backends import triton as backend
+from retina_plugin.losses.backends.interface import AlphaWeights
+from retina_plugin.losses.targets import BACKGROUND, IGNORED
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -22,13 +38,39 @@ GAMMAS = [0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]  # Table 1b
 STARS = [FocalLossStar(None, g, b) for g, b in [(2.0, 1.0), (4.0, 0.0), (0.5, -2.0), (3.0, 1.5)]]
 LOSSES = [CrossEntropy(), *(FocalLoss(None, g) for g in GAMMAS), *STARS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# The interpreter cuts bfloat16 off where hardware rounds it, so an error may be a whole digit.
-RTOL = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 1e-6}
+
+
+@functools.cache
+def fma_is_fused():
+    """Whether the interpreter rounds ``tl.fma`` once, like a GPU. That of Triton 3.8 does not."""
+
+    @triton.jit
+    def residual(x_ptr, out_ptr):
+        x = tl.load(x_ptr)
+        tl.store(out_ptr, tl.fma(x, x, -(x * x)))
+
+    x, out = torch.tensor([1 + 2**-12]), torch.zeros(1)
+    residual[(1,)](x, out)
+    return out.item() == 2**-24  # the last bit of x * x, which a float32 does not hold
+
+
+def gradient_rtol(dtype):
+    if dtype == torch.bfloat16:
+        return 2**-7  # the interpreter truncates to bfloat16, a GPU rounds
+    # unfused, an exponent of up to 90 is rounded to 24 bits
+    return 1e-6 if fma_is_fused() else 1e-5
+
+
+def default_sum_rtol(fused=4e-7):
+    return fused if fma_is_fused() else 2e-6
 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Calls a function of this module where Triton interprets: it decides so when imported."""
+    """Calls a function of this module in a process where Triton interprets kernels.
+
+    Triton reads the environment variable when it is imported.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -36,20 +78,20 @@ def interpreted():
 
 
 def level(A, K, H, W, channels_last=False, dtype=torch.float32, positives=0.2, spread=4.0, N=2):
-    """Logits, gradient to be filled, labels, weights and scales."""
+    """The arguments of ``dense_sums`` without the loss; alpha by class."""
     generator = torch.Generator().manual_seed(A * K + H * W)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(N, A * K, H, W, generator=generator) * spread - 2
     x = x.to(dtype).contiguous(memory_format=layout)
     kinds = torch.rand(N, A, H, W, generator=generator)
     labels = torch.randint(K, kinds.shape, generator=generator)
-    labels[kinds > positives] = -1
-    labels[kinds > 0.9] = -2
+    labels[kinds > positives] = BACKGROUND
+    labels[kinds > 0.9] = IGNORED
     labels = labels.short().contiguous(memory_format=layout)
-    weights = torch.rand(2, K, generator=generator)
+    alpha = AlphaWeights(torch.rand(2, K, generator=generator), None)
     scale = torch.linspace(0.5, 3, N)
     grad_dtype = torch.float32 if dtype == torch.float16 else dtype
-    return x, torch.full_like(x, 7, dtype=grad_dtype), labels, weights, scale
+    return x, torch.full_like(x, 7, dtype=grad_dtype), labels, channels_last, alpha, scale
 
 
 def textbook(x, labels, loss, weights, scale):
@@ -65,93 +107,103 @@ def textbook(x, labels, loss, weights, scale):
     else:
         value = -(torch.sigmoid(-x_t) ** getattr(loss, "gamma", 0.0)) * F.logsigmoid(x_t)
     w_neg, w_pos = weights.double().view(2, K, 1, 1)
-    background = torch.where(positive | (labels == -2), 0, value * w_neg).sum((1, 2, 3, 4))
+    background = torch.where(positive | (labels == IGNORED), 0, value * w_neg).sum((1, 2, 3, 4))
     foreground = torch.where(positive, value * w_pos, 0).sum((1, 2, 3, 4))
     (grad,) = torch.autograd.grad(((background + foreground) * scale).sum(), x)
     return torch.stack([background, foreground], dim=1).detach(), grad
 
 
-def check(case, loss, sum_rtol=4e-7, grad_rtol=None, small_programs=False):
+def check(case, loss, sum_rtol=None, grad_rtol=None):
     """Sums and gradient against the textbook; in place and without a gradient bit for bit."""
-    sizes = (256, 512) if small_programs else (2048, 16384)
-    tk._TILE, tk._RUN = sizes  # small: several programs and steps, and a ragged end
-    x, grad, labels, weights, scale = case
-    expected_sums, expected_grad = textbook(x, labels, loss, weights, scale)
-    sums = tk.dense_sums(x, grad, labels, loss, weights, scale)
+    x, grad, labels, channels_last, alpha, scale = case
+    expected_sums, expected_grad = textbook(x, labels, loss, alpha.by_class_2K, scale)
+    rest = labels, channels_last, loss, alpha, scale
+    sums = backend.dense_sums(x, grad, *rest)
     assert sums.dtype == torch.float64
-    torch.testing.assert_close(sums, expected_sums, rtol=sum_rtol, atol=0)
-    rtol = grad_rtol or RTOL[x.dtype]
+    torch.testing.assert_close(sums, expected_sums, rtol=sum_rtol or default_sum_rtol(), atol=0)
+    rtol = grad_rtol or gradient_rtol(x.dtype)
     torch.testing.assert_close(grad.double(), expected_grad, rtol=rtol, atol=1e-36)
-    ignored = (labels == -2).unsqueeze(2).expand(-1, -1, weights.shape[1], -1, -1)
+    K = alpha.by_class_2K.shape[1]
+    ignored = (labels == IGNORED).unsqueeze(2).expand(-1, -1, K, -1, -1)
     assert not grad.unflatten(1, (labels.shape[1], -1))[ignored].any()  # exactly 0
 
-    assert torch.equal(tk.dense_sums(x, None, labels, loss, weights, scale), sums)
+    assert torch.equal(backend.dense_sums(x, None, *rest), sums)
     again = torch.zeros_like(grad)
-    assert torch.equal(tk.dense_sums(x, again, labels, loss, weights, scale), sums)
+    assert torch.equal(backend.dense_sums(x, again, *rest), sums)
     assert torch.equal(again, grad)
     if x.dtype != torch.float16:
-        assert torch.equal(tk.dense_sums(x, x, labels, loss, weights, scale), sums)
+        assert torch.equal(backend.dense_sums(x, x, *rest), sums)
         assert torch.equal(x, grad)
 
 
-def check_levels(shapes, channels_last, dtype, losses, small_programs, **level_args):
+def check_levels(shapes, channels_last, dtype, losses):
     for shape in shapes:
         for loss in losses:
-            case = level(*shape, channels_last, dtype, **level_args)
-            check(case, loss, small_programs=small_programs)
+            check(level(*shape, channels_last, dtype), loss)
 
 
-RAGGED = [(3, 5, 7, 9), (2, 16, 4, 6), (1, 1, 13, 11)]
-TINY = [(1, 1, 1, 1), (2, 80, 1, 1), (3, 4, 1, 2), (1, 1, 2, 1)]
+RAGGED = [(3, 5, 7, 9), (2, 16, 4, 6), (1, 1, 13, 11)]  # sizes that no block divides
+LARGE = (1, 35, 20, 30)  # several programs of several steps
+TINY = [(1, 1, 1, 1), (2, 80, 1, 1), (3, 4, 1, 2), (1, 1, 2, 1), (2, 1, 1, 1)]
+
+
+@needs_triton
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_several_programs(interpreted, channels_last):
+    A, K, H, W = LARGE
+    assert backend.plan(channels_last, A, K, H * W, 4).blocks > 1
+    interpreted(check_levels, [LARGE], channels_last, torch.float32, [FocalLoss()])
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_agrees_with_float64_autograd(interpreted, channels_last, dtype):
-    """Alpha by class, both layouts, sizes that divide nothing, few programs and many."""
-    interpreted(check_levels, RAGGED, channels_last, dtype, [FocalLoss()], True)
-    interpreted(check_levels, RAGGED[:1], channels_last, dtype, [FocalLossStar()], False)
+    """Alpha by class, both layouts, ragged sizes."""
+    interpreted(check_levels, RAGGED, channels_last, dtype, [FocalLoss()])
+    interpreted(check_levels, RAGGED[:1], channels_last, dtype, [FocalLossStar()])
 
 
 @needs_triton
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_tiny_levels(interpreted, channels_last):
-    interpreted(check_levels, TINY, channels_last, torch.float32, [FocalLoss()], False)
+    """One position or one channel is in both memory orders."""
+    interpreted(check_levels, TINY, channels_last, torch.float32, [FocalLoss()])
 
 
 def check_labels():
     for channels_last in (False, True):
-        for labels in (-2, -1, 4):
+        for labels in (IGNORED, BACKGROUND, 4):
             case = level(2, 5, 4, 5, channels_last)
             case[2].fill_(labels)
-            check(case, FocalLoss(), small_programs=True)
+            check(case, FocalLoss())
 
 
 @needs_triton
 def test_all_ignored_all_background_all_positive(interpreted):
-    """Sums that are exactly 0 are compared with an absolute tolerance of 0."""
+    """A sum that should be 0 is exactly 0."""
     interpreted(check_labels)
 
 
 def check_grid(loss):
     x = torch.cat([torch.linspace(-30, 30, 3001), torch.linspace(-100, 100, 1001)])
-    labels = torch.tensor([-1, 0], dtype=torch.int16).view(2, 1, 1, 1).expand(-1, 1, 1, len(x))
+    labels = torch.tensor([BACKGROUND, 0], dtype=torch.int16).view(2, 1, 1, 1)
+    labels = labels.expand(-1, 1, 1, len(x)).contiguous()
     x = x.expand(2, 1, 1, -1).contiguous()
-    ones = torch.ones(2)
-    check((x, x.clone(), labels.contiguous(), ones.view(2, 1), ones), loss)
+    alpha = AlphaWeights(torch.ones(2, 1), None)
+    check((x, x.clone(), labels, False, alpha, torch.ones(2)), loss)
 
 
 @needs_triton
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_every_loss_up_to_a_logit_of_100(interpreted, loss):
-    """1e-6 of each derivative, for background and for positives."""
+    """Each derivative to 1e-6, of background and positive entries."""
     interpreted(check_grid, loss)
 
 
 def check_long_sum(loss):
     case = level(2, 20, 40, 40, positives=0.05, spread=2.0, N=1)
-    check(case, loss, sum_rtol=1e-7)
+    check(case, loss, sum_rtol=default_sum_rtol(1e-7))
 
 
 @needs_triton
@@ -162,71 +214,76 @@ def test_sum_of_many_entries(interpreted, loss):
 
 def check_not_finite():
     for loss in (CrossEntropy(), FocalLoss(None, 2.0), FocalLoss(None, 0.5), FocalLossStar()):
-        x, grad, labels, weights, scale = level(1, 2, 4, 4)
-        labels.fill_(-1)
-        labels[0, 0, 0, 0] = -2
+        x, grad, labels, channels_last, alpha, scale = level(1, 2, 4, 4)
+        labels.fill_(BACKGROUND)
+        labels[0, 0, 0, 0] = IGNORED
         x[0, :, 0, 0] = torch.tensor([torch.nan, torch.inf])  # ignored
         x[0, 0, 1, 1] = -torch.inf
-        sums = tk.dense_sums(x, grad, labels, loss, weights, scale)
+        rest = labels, channels_last, loss, alpha, scale
+        sums = backend.dense_sums(x, grad, *rest)
         assert sums.isfinite().all() and grad.isfinite().all()
         assert not grad[0, :, 0, 0].any() and grad[0, 0, 1, 1] == 0
         x[1, 0, 2, 2] = torch.nan
-        sums = tk.dense_sums(x, grad, labels, loss, weights, scale)
+        sums = backend.dense_sums(x, grad, *rest)
         assert sums[0].isfinite().all() and sums[1, 0].isnan() and grad[1, 0, 2, 2].isnan()
 
 
 @needs_triton
-def test_nan_is_seen_unless_ignored(interpreted):
-    """A logit of -inf is a background entry without loss."""
+def test_nan_gives_nan_unless_ignored(interpreted):
+    """Background of -inf has no loss."""
     interpreted(check_not_finite)
 
 
 def check_refusals():
-    class Mine(FocalLoss):
+    class Derived(FocalLoss):
         pass
 
-    x, grad, labels, weights, scale = case = level(3, 5, 7, 9)
-    assert tk.unavailable() is None
-    assert all(tk.supports(x.to(dtype), loss) for dtype in DTYPES for loss in LOSSES)
-    assert not any(tk.supports(x, loss) for loss in (Mine(), HingeLoss()))
-    assert not tk.supports(x.double(), FocalLoss()) and not tk.supports(x[..., 1:], FocalLoss())
+    x, grad, labels, _, alpha, scale = case = level(3, 5, 7, 9)
+    assert backend.unavailable() is None
+    assert all(backend.supports(x.to(dtype), loss) for dtype in DTYPES for loss in LOSSES)
+    assert not any(backend.supports(x, loss) for loss in (Derived(), HingeLoss()))
+    assert not backend.supports(x.double(), FocalLoss())
+    assert not backend.supports(x[..., 1:], FocalLoss())
+    four_classes = AlphaWeights(alpha.by_class_2K[:, :4], None)
+    nhwc = torch.channels_last
     for index, wrong, message in [
         (0, x[..., 1:], "logits must be contiguous or channels_last"),
+        (0, x.contiguous(memory_format=nhwc), "logits must be in the memory layout"),
         (1, grad[:1], "grad must be"),
-        (1, grad.contiguous(memory_format=torch.channels_last), "grad must be in the layout"),
+        (1, grad.contiguous(memory_format=nhwc), "grad must be in the memory layout"),
         (2, labels.long(), "labels must be"),
         (2, labels[:, :2].contiguous(), "labels must be"),
-        (3, weights[:, :4], "15 channels are not a multiple of 4 classes"),
-        (4, scale.double(), "scale_N must be"),
+        (3, True, "must be in the memory layout"),
+        (4, four_classes, "15 channels are not a multiple of 4 classes"),
+        (5, scale.double(), "scale_N must be"),
     ]:
         args = [*case[:index], wrong, *case[index + 1 :]]
         with pytest.raises(ValueError, match=message):
-            tk.dense_sums(*args[:3], FocalLoss(), *args[3:])
+            backend.dense_sums(*args[:4], FocalLoss(), *args[4:])
 
 
 @needs_triton
-def test_what_is_refused(interpreted):
+def test_arguments_that_do_not_fit_raise(interpreted):
     interpreted(check_refusals)
 
 
 def check_scale():
-    tk._TILE, tk._RUN = 64, 256
     ratio = torch.tensor([2.5, 1.0, -3.0])
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for channels_last in (False, True):
-            grad = level(2, 5, 7, 9, channels_last, N=3)[0].to(dtype)
+            grad = level(2, 5, 47, 43, channels_last, N=3)[0].to(dtype)  # two programs an image
             if channels_last:
                 assert grad.stride(1) == 1
             expected = grad * ratio.to(dtype).view(-1, 1, 1, 1)
-            tk.scale_in_place(grad, ratio)
+            backend.scale_in_place(grad, ratio)
             torch.testing.assert_close(
                 grad, expected, rtol=2**-7 if dtype == DTYPES[1] else 1e-6, atol=0
             )
     strided = torch.ones(3, 2, 4, 8)[..., ::2]
-    tk.scale_in_place(strided, ratio)
+    backend.scale_in_place(strided, ratio)
     assert torch.equal(strided, ratio.view(-1, 1, 1, 1).expand(-1, 2, 4, 4))
     grad = torch.full((1, 2, 3, 3), torch.inf)
-    tk.scale_in_place(grad, torch.ones(1))
+    backend.scale_in_place(grad, torch.ones(1))
     assert grad.isinf().all()
 
 
@@ -235,63 +292,71 @@ def test_scale_in_place(interpreted):
     interpreted(check_scale)
 
 
-def check_engine():
+def check_dense_loss():
     x = level(2, 5, 6, 4)[0]
     image, anchor = torch.arange(4) % 2, torch.arange(4) * 7
-    label = torch.full((2, x[0].numel() // 5), dense.BACKGROUND, dtype=torch.int16)
+    label = torch.full((2, x[0].numel() // 5), BACKGROUND, dtype=torch.int16)
     label[image, anchor] = torch.arange(4).short()
-    label[image, anchor + 3] = dense.IGNORED
-    targets = dense.DenseTargets(label, torch.zeros_like(label).long(), torch.zeros(1, 4))
+    label[image, anchor + 3] = IGNORED
+    targets = DenseTargets(label, torch.zeros_like(label).long(), torch.zeros(1, 4))
     found = {}
-    for backend in ("eager", "triton"):
+    for name in ("eager", "triton"):
         logits = x.clone().requires_grad_()
-        out = dense.dense_classification_loss([logits], targets, FocalLoss(), 5, backend=backend)
+        out = dense_classification_loss([logits], targets, FocalLoss(), 5, backend=name)
         (out.total * torch.tensor([0.1, 0.7])).sum().backward()
-        found[backend] = [*out, logits.grad]
+        found[name] = [*out, logits.grad]
     for ours, eager in zip(found["triton"], found["eager"]):
-        torch.testing.assert_close(ours, eager, rtol=2e-6, atol=1e-9)
+        torch.testing.assert_close(ours, eager, rtol=2 * gradient_rtol(ours.dtype), atol=1e-9)
 
 
 @needs_triton
-def test_engine_with_the_triton_backend_is_the_engine_with_eager(interpreted):
-    interpreted(check_engine)
+def test_dense_loss_agrees_with_eager(interpreted):
+    """Through the choice of the backend and its self-test."""
+    interpreted(check_dense_loss)
 
 
-def test_without_triton_the_module_imports_and_says_why(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    spec = importlib.util.spec_from_file_location("retina_plugin.losses.without", tk.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert "Triton cannot be imported" in module.unavailable()
-    assert not module.supports(torch.zeros(1, 1, 1, 1), FocalLoss())
+def test_without_triton_the_module_imports_and_says_why():
+    code = """
+import sys
+sys.modules["triton"] = None  # importing it raises ImportError
+import torch
+from retina_plugin.losses import FocalLoss
+from retina_plugin.losses.backends import triton as backend
+print(backend.unavailable(), backend.supports(torch.zeros(1, 1, 1, 1), FocalLoss()))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert re.match("Triton cannot be imported: .* False$", result.stdout), result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_the_reason_is_given():
-    """This process does not interpret."""
-    assert "Triton" in tk.unavailable()
-    assert not tk.supports(torch.zeros(1, 1, 1, 1), FocalLoss())
+    """In this process, where Triton does not interpret."""
+    assert "Triton" in backend.unavailable()
+    assert not backend.supports(torch.zeros(1, 1, 1, 1), FocalLoss())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_cuda(dtype, channels_last):
-    """Hardware's exp2 and reciprocal are a digit worse than the interpreter's."""
+    """A GPU's exp2 and quotient are less exact than the interpreter's."""
     grad_rtol = 2**-8 if dtype == torch.bfloat16 else 2e-6
     for shape in [*RAGGED, *TINY, (9, 80, 25, 38)]:
         for loss in LOSSES:
-            case = [t.cuda() for t in level(*shape, channels_last, dtype)]
+            x, grad, labels, _, alpha, scale = level(*shape, channels_last, dtype)
+            alpha = AlphaWeights(alpha.by_class_2K.cuda(), None)
+            case = x.cuda(), grad.cuda(), labels.cuda(), channels_last, alpha, scale.cuda()
             check(case, loss, sum_rtol=1e-6, grad_rtol=grad_rtol)
 
 
-def compiled(kernel, plan, pointer, capability):
+def compiled(channels_last, pointer, capability):
     """FL of gamma 2 on a level of 50x84: a multiple of 8, not of the 16 that Triton looks for."""
-    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton")
+    kernel, _, sizes = backend.plan(channels_last, 9, 80, 50 * 84, 2 if pointer == "*bf16" else 4)
     if not isinstance(kernel, triton.JITFunction):
         pytest.skip("TRITON_INTERPRET is set: nothing is compiled")
-    sizes = plan(9, 80, 50 * 84, 2 if pointer == "*bf16" else 4)[1]
-    values = {**sizes, **tk._constants(FocalLoss()), "WRITE": True}
+    kind, gamma, beta = FocalLoss().kernel_formula()
+    values = {**sizes, "KIND": int(kind), "GAMMA": gamma, "BETA": beta, "WRITE": True}
     types = {"x_ptr": pointer, "grad_ptr": pointer, "label_ptr": "*i16"}
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
@@ -305,32 +370,31 @@ def compiled(kernel, plan, pointer, capability):
     return triton.compile(
         triton.compiler.ASTSource(kernel, signature, constants, attributes),
         target=triton.backends.compiler.GPUTarget("cuda", capability, 32),
-        options={"num_warps": tk._WARPS},
+        options={"num_warps": WARPS},
     )
+
+
+WARPS, ENTRIES_AT_A_TIME = 4, 2048  # of a program
 
 
 @needs_triton
 @pytest.mark.parametrize(
-    "name, pointer, capability",
-    [
-        ("planes", "*bf16", 80),
-        ("rows", "*fp32", 80),
-        ("planes", "*fp32", 90),
-        ("rows", "*bf16", 90),
-    ],
+    "channels_last, pointer, capability",
+    [(False, "*bf16", 80), (True, "*fp32", 80), (False, "*fp32", 90), (True, "*bf16", 90)],
 )
-def test_compiles_to_wide_loads_without_spills(name, pointer, capability, tmp_path, monkeypatch):
-    """128 bits at a time, reciprocals instead of quotients, and nothing in local memory."""
+def test_compiles_to_wide_loads_without_spills(
+    channels_last, pointer, capability, tmp_path, monkeypatch
+):
+    """Loads and stores of 128 bits, and nothing in local memory."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    code = compiled(getattr(tk, f"_{name}"), getattr(tk, f"_plan_{name}"), pointer, capability)
+    code = compiled(channels_last, pointer, capability)
     ptx = code.asm["ptx"]
-    wide = tk._TILE * (2 if pointer == "*bf16" else 4) // (16 * 32 * tk._WARPS)
+    wide = ENTRIES_AT_A_TIME * (2 if pointer == "*bf16" else 4) // (16 * 32 * WARPS)
     assert ptx.count("ld.global.v4.b32") >= wide
     assert ptx.count("st.global.v4.b32") == wide
-    assert "rcp.approx.ftz.f32" in ptx and not re.search(r"div\.(full|approx|rn)", ptx)
     assert "ld.local" not in ptx and "st.local" not in ptx
 
-    tool = Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.is_file():
         pytest.skip("this Triton comes without cuobjdump: registers are not known")
     cubin = tmp_path / "kernel.cubin"
@@ -338,4 +402,4 @@ def test_compiles_to_wide_loads_without_spills(name, pointer, capability, tmp_pa
     usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True).stdout
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
     assert registers <= 128  # four programs of a multiprocessor at least
-    assert stack <= 16  # a value or two may be put away for the time of the loop
+    assert stack <= 16  # one or two values may be stored outside the loop
