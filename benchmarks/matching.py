@@ -14,6 +14,7 @@ from torchvision.ops import box_iou
 
 from benchmarks.case import Case
 from benchmarks.inputs import anchors_of, boxes_in_image
+from retina_plugin.losses.targets import BACKGROUND, IGNORED
 from retina_plugin.modeling import AnchorMatcher
 
 __all__ = ["matching"]
@@ -44,7 +45,9 @@ def _matching_case(gt: Tensor, anchors_R4: Tensor) -> Case:
     def check(results: dict[str, Any]) -> str:
         index, label = results["detectron2"]
         assert torch.equal(results["ours"].gt, index)
-        assert torch.equal(results["ours"].label, label - 1)  # 0, -1, -2: see Matches
+        # Detectron2: 1 matched, 0 background, -1 ignored; ours: 0 matched, BACKGROUND, IGNORED
+        expected = torch.where(label == 1, 0, torch.where(label == 0, BACKGROUND, IGNORED))
+        assert torch.equal(results["ours"].label, expected)
         # torchvision gives one number: the index of the box, -1 for background, -2 for ignored
         expected = torch.where(label == 1, index, torch.where(label == 0, -1, -2))
         assert torch.equal(results["torchvision"], expected)

@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks.case import Case
 from benchmarks.inputs import Records, assert_near, model_cfg
 from reproduction.paper import load_paper
-from retina_plugin.engine.speed import check_compiler, prepare_model
+from retina_plugin.engine import check_compiler, prepare_model
 from retina_plugin.errors import ConfigError
 
 __all__ = ["default_options", "inference", "train_step"]

@@ -34,11 +34,8 @@ def stand_ins(monkeypatch):
         return x.new_empty(len(x), 2, dtype=torch.float64)
 
     # the Triton kernel
-    if hasattr(dense, "choose_backend"):
-        kernel = SimpleNamespace(dense_sums=kernel_sums)
-        monkeypatch.setattr(dense, "choose_backend", lambda *_: kernel)
-    else:
-        monkeypatch.setattr(dense, "_level_sums", kernel_sums)
+    kernel = SimpleNamespace(dense_sums=kernel_sums)
+    monkeypatch.setattr(dense, "choose_backend", lambda *_: kernel)
     # pinning memory needs the CUDA driver
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     # padding: Detectron2 computes the size of the batch with tensors on the host
