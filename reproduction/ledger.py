@@ -58,11 +58,11 @@ class Ledger:
             self._data = json.loads(self.path.read_text())
 
     def runs(self, scale: str) -> dict[str, dict[str, Any]]:
-        """Run key -> result (see :func:`reproduction.reproduce.outcome`)."""
+        """Run key -> result, as :func:`reproduction.reproduce.outcome` gives it."""
         return self._data.get(scale, {})
 
     def record(self, scale: str, key: str, result: dict[str, Any]) -> None:
-        """Add a result and write both files at once: an interruption loses no finished run."""
+        """Add a result and write both files now: an interruption loses no finished run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with (self.path.parent / f".{self.path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

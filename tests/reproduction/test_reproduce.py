@@ -140,7 +140,7 @@ def test_interrupted_run_resumes(tiny_digits, tmp_path, monkeypatch):
     (folder,) = (tmp_path / "runs" / "mini").iterdir()
     (folder / "last_checkpoint").write_text("model_0000000.pth")
     assert reproduce.main([*arguments, "--ledger", str(tmp_path / "b.json")]) == 0
-    assert "Starting training from iteration 1" in (folder / "console.txt").read_text()
+    assert "Starting training from iteration 1" in (folder / "log.txt").read_text()
 
 
 def test_failed_run_is_not_recorded_and_sets_the_exit_status(tiny_digits, tmp_path, monkeypatch):
