@@ -16,8 +16,7 @@ from torch import nn
 
 from benchmarks.cases import Contest, agree
 from reproduction.paper import checkout, load_paper
-from retina_plugin.engine import setup_cfg
-from retina_plugin.engine.speed import check_compiler, prepare_model
+from retina_plugin.engine import check_compiler, prepare_model, setup_cfg
 from retina_plugin.errors import ConfigError
 
 __all__ = ["Batch", "contenders", "inference", "model_cfg", "train_step"]

@@ -82,7 +82,7 @@ class FastMapper:
         self.image_format = image_format
         self.keep_crowd = keep_crowd
         mode = "training" if is_train else "inference"
-        logger.info("Augmentations in %s: %s", mode, list(augmentations))
+        logger.debug("Augmentations in %s: %s", mode, list(augmentations))
 
     @classmethod
     def from_config(cls, cfg: Any, is_train: bool = True) -> dict[str, Any]:

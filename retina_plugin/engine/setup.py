@@ -22,6 +22,7 @@ from retina_plugin.errors import ConfigError, did_you_mean
 
 __all__ = [
     "argument_parser",
+    "find_config",
     "import_user_modules",
     "learning_rate_warning",
     "load_config",
@@ -91,11 +92,20 @@ def load_config(config_file: str, folder: str = "") -> dict[str, Any]:
         ConfigError: no such file or config, a file that is not a YAML mapping, or bases that form
             a circle.
     """
-    base, own = _base_and_own(_find_config(config_file, folder), ())
+    base, own = _base_and_own(find_config(config_file, folder), ())
     return _merge(own, base)
 
 
-def _find_config(name: str, folder: str) -> str:
+def find_config(name: str, folder: str = "") -> str:
+    """Path or URL of a config file.
+
+    Args:
+        name: a file, or a name for :func:`retina_plugin.get_config_file`.
+        folder: where a relative path begins.
+
+    Raises:
+        ConfigError: there is no such file or config.
+    """
     path = os.path.join(folder, os.path.expanduser(name))
     if "://" in name or PathManager.isfile(path):
         return name if "://" in name else path
@@ -113,7 +123,7 @@ def _base_and_own(path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], dic
     bases = own.pop("_BASE_", [])
     merged: dict[str, Any] = {}
     for name in [bases] if isinstance(bases, str) else bases:
-        base_path = os.path.normpath(_find_config(name, os.path.dirname(path)))
+        base_path = os.path.normpath(find_config(name, os.path.dirname(path)))
         inherited, settings = _base_and_own(base_path, (*seen, path))
         merged = _merge(_merge(settings, inherited), merged)
     return merged, own
@@ -166,7 +176,7 @@ def learning_rate_warning(config_file: str, cfg: CfgNode) -> str | None:
         config_file: what the run's config was loaded from.
         cfg: the run's config, overrides included.
     """
-    base, own = _base_and_own(_find_config(config_file, ""), ())
+    base, own = _base_and_own(find_config(config_file), ())
     solvers = [base.get("SOLVER", {}), _merge(own, base).get("SOLVER", {}), cfg.SOLVER]
     names = [f"the bases of {config_file}", config_file]
     for before, after, where in zip(solvers, solvers[1:], names):

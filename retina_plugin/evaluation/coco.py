@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,11 @@ class COCOEvaluator(Detectron2COCOEvaluator):
             "tasks": ("bbox",),
             "output_dir": output_dir,
         }
+
+    def evaluate(self, img_ids: Sequence[int] | None = None) -> Any:
+        """Detectron2's; what pycocotools prints is logged."""
+        with _log_prints():
+            return super().evaluate(img_ids)
 
 
 @EVALUATOR_REGISTRY.register()
@@ -153,7 +160,8 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
             return {}
         summary = None
         if any(len(p.scores) for p in predictions):
-            summary = self._summarize(predictions, category_ids, img_ids)
+            with _log_prints():
+                summary = self._summarize(predictions, category_ids, img_ids)
         names = self._metadata.get("thing_classes")
         return OrderedDict(bbox=self._derive_coco_results(summary, "bbox", class_names=names))
 
@@ -178,7 +186,7 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         images = (p.encode(category_ids) for p in predictions if len(p.scores))
         with PathManager.open(path, "w") as file:
             file.write(f"[{', '.join(images)}]")
-        logger.info("Detections written to %s", path)
+        logger.debug("Detections written to %s", path)
 
     def _summarize(
         self,
@@ -196,9 +204,9 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         obstacle = self._obstacle(predictions)
         if obstacle is None:
             assert hotcoco is not None
-            logger.info("Evaluating with hotcoco %s", hotcoco.__version__)
+            logger.debug("Evaluating with hotcoco %s", hotcoco.__version__)
             return self._run_hotcoco(as_rows(predictions, category_ids), img_ids)
-        logger.info("Evaluating with pycocotools: %s", obstacle)
+        logger.debug("Evaluating with pycocotools: %s", obstacle)
         return _evaluate_predictions_on_coco(
             self._coco_api,
             list(itertools.chain(*(p.to_json(category_ids) for p in predictions))),
@@ -246,6 +254,15 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         summary.eval = fast.eval
         summary.summarize()
         return summary
+
+
+@contextlib.contextmanager
+def _log_prints() -> Iterator[None]:
+    """Log what pycocotools prints, as a detail."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        yield
+    if printed.getvalue():
+        logger.debug("pycocotools:\n%s", printed.getvalue().rstrip())
 
 
 def _boxes_only(truth: COCO) -> dict[str, Any]:

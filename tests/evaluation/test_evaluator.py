@@ -208,7 +208,7 @@ def test_a_dataset_in_detectron2s_format(tmp_path, caplog):
     """Registered without a COCO file: pycocotools' numbers, by hotcoco where it is installed."""
     DatasetCatalog.register(NAME, boxes_in_detectron2s_format)
     MetadataCatalog.get(NAME).set(thing_classes=[f"class {c}" for c in CATEGORIES])
-    caplog.set_level("INFO", "retina_plugin")
+    caplog.set_level("DEBUG", "retina_plugin")
     annotations = ground_truth()[::2]
     found = detections(annotations, np.linspace(0.1, 1, len(annotations)).tolist(), shift=2.0)
     results = []

@@ -122,7 +122,7 @@ def assert_equal(results, expected):
 @pytest.mark.parametrize("options", [{}, {"max_dets_per_image": 5}, {"max_dets_per_image": 300}])
 def test_the_numbers_are_detectron2s(dataset, caplog, ties, options):
     """Every metric and every class, over random scenes, without a fallback."""
-    caplog.set_level(logging.INFO, "retina_plugin")
+    caplog.set_level(logging.DEBUG, "retina_plugin")
     for seed in range(8):
         contents, detections = scenes(seed, ties=ties)
         dataset(contents)
@@ -223,7 +223,7 @@ def test_pycocotools_where_hotcoco_would_not_do(dataset, monkeypatch, caplog, ch
     contents, detections = scenes(2)
     change(monkeypatch, contents, detections)
     dataset(contents)
-    caplog.set_level(logging.INFO, "retina_plugin")
+    caplog.set_level(logging.DEBUG, "retina_plugin")
     results = evaluator_of(FastCOCOEvaluator, detections).evaluate()
     assert f"Evaluating with pycocotools: {reason}" in caplog.text
     expected = evaluator_of(COCOEvaluator, detections, use_fast_impl=False).evaluate()
@@ -250,7 +250,7 @@ def test_files_that_only_pycocotools_reads(dataset, caplog, odd):
         else:
             contents[key][0] |= value
     dataset(contents)
-    caplog.set_level(logging.INFO, "retina_plugin")
+    caplog.set_level(logging.DEBUG, "retina_plugin")
     results = evaluator_of(FastCOCOEvaluator, detections).evaluate()
     assert "Evaluating with hotcoco" in caplog.text
     assert_equal(results, evaluator_of(COCOEvaluator, detections, use_fast_impl=False).evaluate())
@@ -292,7 +292,7 @@ def test_use_fast_false_is_pycocotools(dataset, caplog):
     """Asked for by whoever constructs it."""
     contents, detections = scenes(3)
     dataset(contents)
-    caplog.set_level(logging.INFO, "retina_plugin")
+    caplog.set_level(logging.DEBUG, "retina_plugin")
     evaluator_of(FastCOCOEvaluator, detections, use_fast=False).evaluate()
     assert "Evaluating with pycocotools: use_fast is False" in caplog.text
 
