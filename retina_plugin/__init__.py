@@ -3,6 +3,8 @@
 Importing the package registers its components; ``add_retina_config(cfg)`` adds its config keys.
 """
 
+import warnings
+
 try:
     import detectron2  # noqa: F401
 except ModuleNotFoundError as error:
@@ -14,11 +16,9 @@ except ModuleNotFoundError as error:
         name="detectron2",
     ) from None
 
-import warnings
-
 with warnings.catch_warnings():
-    # Detectron2 calls it at import, and its users cannot change that.
-    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+    # Detectron2 and fvcore use it at import, and their users cannot change that.
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is ")
     from . import data, losses, modeling
 from .config import add_retina_config, get_config_file
 

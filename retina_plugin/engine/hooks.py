@@ -1,40 +1,53 @@
-"""What the trainer does besides Detectron2's hooks."""
+"""Hooks of the trainer beside Detectron2's: the best checkpoint, progress, results."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import logging
+import math
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from torch import nn
 from tqdm import tqdm  # Detectron2 needs it too
 
-from . import report
+from retina_plugin.modeling import FocalRetinaNet
 
-__all__ = ["BestCheckpoint", "Pictures", "ProgressBar"]
+from . import report
+from .console import LOGGERS
+
+__all__ = ["BestCheckpoint", "Progress", "Results"]
+
+logger = logging.getLogger("retina_plugin")
+
+_MAX_LINES = 20  # of progress, where there is no bar
 
 
 class BestCheckpoint(hooks.BestCheckpointer):
-    """Detectron2's hook that keeps ``model_best.pth``, but a resumed run knows the best so far.
+    """Detectron2's hook that keeps ``model_best.pth``, made to survive ``--resume``.
 
-    Args: see Detectron2's; the best value so far is kept beside the checkpoint, in
-        ``model_best.json``.
+    The best value so far is kept beside the checkpoint, in ``model_best.json``. Arguments are
+    Detectron2's.
     """
 
     def before_train(self) -> None:
         if self.trainer.start_iter > 0 and self._record.is_file():
             best = json.loads(self._record.read_text())
-            if self._val_metric in best:  # else DATASETS.TEST is another one than before
+            if self._val_metric in best:  # otherwise DATASETS.TEST was another one
                 self.best_metric, self.best_iter = best[self._val_metric], best["iteration"]
 
     def after_train(self) -> None:
-        # Saving makes a file the one that a resumed run loads. That must stay the last regular
-        # checkpoint: one of now would count an iteration more than was trained.
+        # Saving marks a file as the one to resume from. That must stay the last regular checkpoint:
+        # one that is saved here counts an iteration more than was trained.
         last = self._checkpointer.get_checkpoint_file()
         super().after_train()
         if last:
@@ -51,19 +64,29 @@ class BestCheckpoint(hooks.BestCheckpointer):
         return Path(self._checkpointer.save_dir) / f"{self._file_prefix}.json"
 
 
-class ProgressBar(HookBase):
-    """A bar with loss, ETA and memory on a terminal; nothing where the output is no terminal.
+class Progress(HookBase):
+    """Says what is trained, how far it is, and the AP of each evaluation.
 
-    While it shows, Detectron2's progress lines go to the log file only and other log lines appear
-    above the bar.
+    On a terminal it shows a bar with loss, time left and memory; log lines appear above the bar,
+    and Detectron2's progress lines are in the log file only. Elsewhere it logs at most some twenty
+    lines over the whole training.
+
+    Args:
+        cfg: of the training.
+        stream: what the bar is printed on; None for ``sys.stdout``.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, cfg: CfgNode, stream: TextIO | None = None) -> None:
+        self._cfg = cfg
         self._stream = sys.stdout if stream is None else stream
         self._bar: tqdm | None = None
         self._undo = contextlib.ExitStack()
 
     def before_train(self) -> None:
+        for title, text in _describe(self.trainer, self._cfg):
+            logger.info("%-11s %s", title, text)
+        self._period = _round_period(self.trainer.max_iter - self.trainer.start_iter)
+        self._evaluation: Mapping[str, Any] = self.trainer.last_evaluation
         if not self._stream.isatty():
             return
         self._bar = tqdm(
@@ -74,7 +97,7 @@ class ProgressBar(HookBase):
             dynamic_ncols=True,
             file=self._stream,
         )
-        for name in ("detectron2", "fvcore", "retina_plugin"):
+        for name in LOGGERS:
             for handler in logging.getLogger(name).handlers:
                 if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
                     handler.addFilter(_not_progress)
@@ -83,20 +106,91 @@ class ProgressBar(HookBase):
                     self._undo.callback(handler.removeFilter, _not_progress)
 
     def after_step(self) -> None:
-        if self._bar is None:
-            return
+        done, end = self.trainer.iter + 1, self.trainer.max_iter
+        if self.trainer.last_evaluation is not self._evaluation:
+            self._evaluation = self.trainer.last_evaluation
+            for name, metrics in report.metrics_by_dataset(self._cfg, self._evaluation).items():
+                # NaN is a metric that no box counts for, e.g. APl without large boxes.
+                text = ", ".join(f"{k} {v:.1f}" for k, v in metrics.items() if not math.isnan(v))
+                logger.info("Evaluation of iteration %d on %s: %s", done, name, text or "no AP")
+        if self._bar is not None:
+            self._update_bar(self._bar)
+        # The first line comes early, because it says how long the training will take.
+        elif done % self._period == 0 or done in (end, self.trainer.start_iter + 20):
+            self._log_line(done, end)
+
+    def _update_bar(self, bar: tqdm) -> None:
         postfix = {"mem": f"{_memory_gib():.1f}G"}
         latest = self.trainer.storage.latest()
         if "total_loss" in latest:
             postfix["loss"] = f"{latest['total_loss'][0]:.3f}"
-        self._bar.set_postfix(postfix, refresh=False)
-        self._bar.update()
+        bar.set_postfix(postfix, refresh=False)
+        bar.update()
+
+    def _log_line(self, done: int, end: int) -> None:
+        histories = self.trainer.storage.histories()
+        parts = [f"iteration {done:{len(str(end))}}/{end}"]
+        if "total_loss" in histories:  # on a GPU, losses are logged some iterations late
+            parts.append(f"loss {histories['total_loss'].median(20):.3f}")
+        if "lr" in histories:
+            parts.append(f"lr {histories['lr'].latest():.4g}")
+        if "time" in histories:
+            seconds = int(histories["time"].median(1000) * (end - done))
+            parts.append(f"{datetime.timedelta(seconds=seconds)} left")
+        logger.info("  ".join(parts))
 
     def after_train(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         self._undo.close()
+
+
+def _describe(trainer: Any, cfg: CfgNode) -> list[tuple[str, str]]:
+    """What is trained on what, for how long, and where its files go: (title, text)."""
+    model: nn.Module = getattr(trainer.model, "module", trainer.model)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    text = f"{type(model).__name__}, {parameters / 1e6:.1f} million trainable parameters"
+    lines = [("Model", text)]
+    if isinstance(model, FocalRetinaNet):
+        retinanet = cfg.MODEL.RETINANET
+        lines += [("Loss", f"{retinanet.CLS_LOSS} and {retinanet.BBOX_REG_LOSS_TYPE}")]
+    if trainer.start_iter:
+        lines += [("Weights", f"the last checkpoint of {cfg.OUTPUT_DIR}")]
+    else:
+        lines += [("Weights", cfg.MODEL.WEIGHTS or "random (trained from scratch)")]
+    images = _num_images(trainer.data_loader)
+    of_images = "" if images is None else f": {images} images"
+    classes = cfg.MODEL.RETINANET.NUM_CLASSES
+    lines += [("Trained on", f"{', '.join(cfg.DATASETS.TRAIN)}{of_images}, {classes} classes")]
+    if cfg.DATASETS.TEST:
+        period = cfg.TEST.EVAL_PERIOD
+        when = f"every {period} iterations and at the end" if period > 0 else "at the end"
+        lines += [("Tested on", f"{', '.join(cfg.DATASETS.TEST)}, {when}")]
+    processes = comm.get_world_size()
+    lines += [("Device", cfg.MODEL.DEVICE + (f", {processes} processes" if processes > 1 else ""))]
+    batch, end = cfg.SOLVER.IMS_PER_BATCH, trainer.max_iter
+    text = f"{end} iterations of {batch} images"
+    if images:
+        text += f" ({end * batch / images:.1f} epochs)"
+    if trainer.start_iter:
+        text += f", of which {trainer.start_iter} are done"
+    return [*lines, ("Length", text), ("Log", str(Path(cfg.OUTPUT_DIR) / "log.txt"))]
+
+
+def _num_images(loader: Any) -> int | None:
+    """Images of the dataset under Detectron2's layers of loaders; None if it has no length."""
+    while hasattr(loader, "dataset"):
+        loader = loader.dataset
+    return len(loader) if hasattr(loader, "__len__") else None
+
+
+def _round_period(iterations: int) -> int:
+    """1, 2, 5, 10, 20, 50, ...: the first that gives at most ``_MAX_LINES`` lines."""
+    period = 1
+    while period * _MAX_LINES < iterations:
+        period = period * 5 // 2 if str(period).startswith("2") else period * 2
+    return period
 
 
 class _AboveBar:
@@ -117,26 +211,35 @@ def _not_progress(record: logging.LogRecord) -> bool:
 
 
 def _memory_gib() -> float:
-    """Peak memory: the GPU's where one is used, else this process's."""
+    """Peak memory: of the GPU if one is used, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-class Pictures(HookBase):
-    """At the end: ``training_curves.png`` and ``detections.png`` in the output folder.
+class Results(HookBase):
+    """At the end of a training: two pictures, the table of metrics, and where the files are.
 
     Args:
-        cfg: names the output folder and the validation set.
+        cfg: of the training.
     """
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: CfgNode) -> None:
         self._cfg = cfg
 
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter:
-            return  # training failed: leave the exception to be seen
+            return  # an exception ended the training
         out = Path(self._cfg.OUTPUT_DIR)
         report.draw_training_curves(out / "metrics.json", out / "training_curves.png")
         report.draw_detections(self._cfg, self.trainer.model, out / "detections.png")
+        report.log_results(self._cfg, self.trainer.last_evaluation)
+        for title, name in (
+            ("Weights", "model_final.pth"),
+            ("Best AP", "model_best.pth"),
+            ("Numbers", "metrics.json"),
+            ("Log", "log.txt"),
+        ):
+            if (out / name).is_file():
+                logger.info("%-11s %s", title, out / name)

@@ -1,4 +1,4 @@
-"""One process a GPU: by Detectron2's ``launch``, or those that ``torchrun`` has started."""
+"""One process for each GPU, started by Detectron2's ``launch`` or by ``torchrun``."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ def run(main: Callable[..., None], args: argparse.Namespace, num_gpus: int, *res
     """Call ``main(args, *rest)`` in every process.
 
     Args:
-        main: a module-level function, since processes are spawned.
+        main: a function of a module, because spawned processes import it.
         args: with ``num_machines``, ``machine_rank`` and ``dist_url`` (see Detectron2's parser).
-        num_gpus: processes of this machine; 0 and 1 stay in this process.
+        num_gpus: processes to start on this machine. With 0 or 1, none is started, and ``main``
+            runs in this one.
 
     Raises:
-        ConfigError: more processes than GPUs under ``torchrun``.
+        ConfigError: ``torchrun`` started more processes than there are GPUs.
     """
     if not under_torchrun():
         launch(
@@ -46,26 +47,13 @@ def run(main: Callable[..., None], args: argparse.Namespace, num_gpus: int, *res
     if num_gpus:
         if num_processes > num_gpus:
             raise ConfigError(
-                f"torchrun --nproc_per_node {num_processes}: there are {num_gpus} GPUs for these "
-                "processes; start as many as there are, or train on the CPU with --num-gpus 0"
+                f"torchrun --nproc_per_node {num_processes}: this machine has {num_gpus} GPUs; "
+                "start as many processes, or train on the CPU with --num-gpus 0"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group(backend="nccl" if num_gpus else "gloo")
-    _create_local_process_group(num_processes)
+    comm.create_local_process_group(num_processes)
     try:
         main(args, *rest)
     finally:
         torch.distributed.destroy_process_group()
-
-
-def _create_local_process_group(num_processes: int) -> None:
-    if hasattr(comm, "create_local_process_group"):
-        comm.create_local_process_group(num_processes)
-        return
-    # Detectron2 v0.6 has it inside launch() only
-    rank = torch.distributed.get_rank()
-    for first in range(0, torch.distributed.get_world_size(), num_processes):
-        ranks = list(range(first, first + num_processes))
-        group = torch.distributed.new_group(ranks)
-        if rank in ranks:
-            comm._LOCAL_PROCESS_GROUP = group

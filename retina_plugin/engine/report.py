@@ -1,4 +1,4 @@
-"""The two pictures that a training leaves behind."""
+"""What came out of a training or an evaluation: two pictures and a table of metrics."""
 
 from __future__ import annotations
 
@@ -7,26 +7,36 @@ import logging
 import os
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.evaluation import inference_context
+from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
+from tabulate import tabulate
 from torch import nn
 
 from retina_plugin.data import DATASET_MAPPER_REGISTRY
 
-from .precision import Autocast, inference_dtype
+from .performance import Autocast, inference_dtype
 
-matplotlib.use("Agg")  # no display is needed; Detectron2 has the same dependency
+matplotlib.use("Agg")  # draws without a display
 import matplotlib.pyplot as plt
 
-__all__ = ["draw_detections", "draw_training_curves"]
+__all__ = [
+    "draw_detections",
+    "draw_training_curves",
+    "log_results",
+    "metrics_by_dataset",
+    "read_metrics",
+]
 
 logger = logging.getLogger("retina_plugin")
 
@@ -34,17 +44,20 @@ _GT_COLOUR, _DETECTION_COLOUR = "lime", "orange"
 
 
 def read_metrics(path: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
-    """Detectron2's ``metrics.json``, a JSON object a line -> name: [(iteration, value), ...].
+    """Read Detectron2's ``metrics.json``, which has a JSON object a line.
 
-    Detectron2 appends. Where the iterations step back, a training was resumed or begun anew in the
-    same folder: what stood there from that iteration on is not part of it.
+    Detectron2 appends to the file. If the iterations step back, a training was resumed or started
+    again in the same folder; older lines from that iteration on are dropped.
+
+    Returns:
+        Name of a metric -> [(iteration, value), ...].
     """
     records: list[dict[str, float]] = []
     for line in Path(path).read_text().splitlines():
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # torn: the process was killed while it wrote, and another one went on
+            continue  # the process was killed while it wrote this line
         while records and records[-1]["iteration"] > record["iteration"]:
             records.pop()
         records.append(record)
@@ -57,7 +70,7 @@ def read_metrics(path: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw_training_curves(metrics: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Losses, AP, positives by level and learning rate against the iteration, as one picture.
+    """Draw losses, AP, positive anchors by level and learning rate against the iteration.
 
     Args:
         metrics: Detectron2's ``metrics.json``.
@@ -86,7 +99,7 @@ def draw_training_curves(metrics: str | os.PathLike, path: str | os.PathLike) ->
         for name in names:
             if name in series:
                 x, y = zip(*series[name])
-                # of several test sets, the set's name tells them apart
+                # With several test sets, the name of the set stays.
                 label = name.removeprefix("bbox/").removeprefix("retinanet/")
                 axis.plot(x, y, marker="." if len(x) < 30 else "", label=label)
         axis.set(title=title, xlabel="iteration", yscale=scale)
@@ -100,19 +113,21 @@ def draw_training_curves(metrics: str | os.PathLike, path: str | os.PathLike) ->
 
 @torch.no_grad()
 def draw_detections(
-    cfg: Any,
+    cfg: CfgNode,
     model: nn.Module,
     path: str | os.PathLike,
     num_images: int = 12,
     score_thresh: float = 0.3,
 ) -> None:
-    """A sheet of validation images with ground truth and detections.
+    """Draw images of the first test set with their ground truth and detections, as one picture.
+
+    Without a test set, nothing is drawn.
 
     Args:
-        cfg: ``DATASETS.TEST[0]`` gives the images, spread over the whole set.
-        model: the detector; it is left in the mode it was in.
+        cfg: the images are taken evenly from ``DATASETS.TEST[0]``.
+        model: the detector; its training mode is restored.
         path: the PNG to write.
-        num_images: at most so many.
+        num_images: images to draw at most.
         score_thresh: only detections with a higher score are drawn.
     """
     if not cfg.DATASETS.TEST:
@@ -127,7 +142,7 @@ def draw_detections(
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    # wrapped in DistributedDataParallel, only this process runs the model: use the inner one
+    # Only this process draws, and DistributedDataParallel would wait for the others: unwrap it.
     detector = Autocast(
         getattr(model, "module", model), torch.device(cfg.MODEL.DEVICE).type, inference_dtype(cfg)
     )
@@ -154,12 +169,14 @@ def draw_detections(
     logger.info("Detections against ground truth: %s", path)
 
 
-def _draw(image: np.ndarray, record: dict[str, Any], detections: Any, metadata: Any) -> np.ndarray:
+def _draw(
+    image: np.ndarray, record: dict[str, Any], detections: Instances, metadata: Metadata
+) -> np.ndarray:
     names = metadata.get("thing_classes")
     truth = utils.annotations_to_instances(
         [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)], image.shape[:2]
     )
-    # small images are enlarged: the labels have a fixed size
+    # Labels have a fixed size, so small images are enlarged.
     visualizer = Visualizer(image, metadata, scale=max(1.0, 480 / max(image.shape[:2])))
     if len(truth):
         visualizer.overlay_instances(
@@ -176,3 +193,35 @@ def _draw(image: np.ndarray, record: dict[str, Any], detections: Any, metadata: 
         alpha=0.9,
     )
     return drawn.get_image()
+
+
+def metrics_by_dataset(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Test set -> metric -> value, of what ``Trainer.test`` returns. Single classes are left out.
+
+    Args:
+        cfg: names the test sets.
+        results: task -> metric -> value; with several test sets, such a mapping for each set.
+    """
+    names = cfg.DATASETS.TEST
+    by_dataset = results if len(names) > 1 else dict.fromkeys(names, results)
+    found: dict[str, dict[str, float]] = {}
+    for name, tasks in by_dataset.items():
+        found[name] = {}
+        for task, metrics in tasks.items():
+            prefix = f"{task} " if len(tasks) > 1 else ""
+            if not isinstance(metrics, Mapping):  # a number, of an evaluator of the user
+                prefix, metrics = "", {task: metrics}
+            for metric, value in metrics.items():
+                if "-" not in metric:  # Detectron2's "AP-car" is the AP of a class
+                    found[name][prefix + metric] = value
+    return found
+
+
+def log_results(cfg: CfgNode, results: Mapping[str, Any]) -> None:
+    """Log the table of metrics of an evaluation: a row for each test set."""
+    found = metrics_by_dataset(cfg, results)
+    metrics = list(dict.fromkeys(metric for row in found.values() for metric in row))
+    if metrics:
+        rows = [[name, *(row.get(metric) for metric in metrics)] for name, row in found.items()]
+        table = tabulate(rows, headers=["", *metrics], tablefmt="pipe", floatfmt=".3f")
+        logger.info("Results (AP in percent):\n%s", table)

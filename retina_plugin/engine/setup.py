@@ -1,4 +1,4 @@
-"""From the command line to a config."""
+"""From the command line to a config: options, files and their bases, overrides, user modules."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from retina_plugin.errors import ConfigError, did_you_mean
 
 __all__ = [
     "argument_parser",
+    "find_config",
     "import_user_modules",
     "learning_rate_warning",
     "load_config",
@@ -30,7 +32,7 @@ __all__ = [
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's command line, but ``--num-gpus`` defaults to all that are there."""
+    """Detectron2's command line, except that ``--num-gpus`` defaults to all GPUs."""
     parser = default_argument_parser()
     parser.set_defaults(num_gpus=None)
     for action in parser._actions:
@@ -42,33 +44,37 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def setup_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
-    """Defaults, then the config file with its bases, then ``KEY VALUE`` pairs, then ``IMPORTS``.
+    """A config: the defaults, then the file with its bases, then the overrides.
 
-    ``OUTPUT_DIR``, where neither the file nor ``opts`` sets it, is ``output/<the file's name>``.
+    The modules of ``IMPORTS`` are imported. ``OUTPUT_DIR`` becomes ``output/<name of the file>`` if
+    neither the file nor ``opts`` sets it.
 
         cfg = setup_cfg("retina_R50_600.yaml", ["SOLVER.MAX_ITER", "1000"])
 
     Args:
         config_file: a file, or the name of one of the paper's configs.
-        opts: keys and values in turns.
+        opts: overrides, as [key, value, key, value, ...].
 
     Returns:
         A config that is not frozen.
 
     Raises:
-        ConfigError: no such file, a file that is not YAML, a key that does not exist (with the
-            nearest ones) or no longer exists (with what to do instead).
+        ConfigError: there is no such file, it is not YAML, a key does not exist (the message has
+            similar ones) or no longer exists (it says what to do instead).
     """
     cfg = add_retina_config(get_cfg())
     default_output_dir = cfg.OUTPUT_DIR
+    opts = list(opts or [])
     loaded = load_config(config_file)
+    _check_removed(flatten(loaded), config_file)
+    _check_removed(opts[::2], "the overrides")
     try:
-        # Detectron2 merges files only, and upgrades those of an old version on the way.
+        # Detectron2 merges files only, and upgrades the keys of old versions while it does.
         with tempfile.TemporaryDirectory() as folder:
             merged = Path(folder, Path(config_file).name)
             merged.write_text(yaml.safe_dump(loaded), encoding="utf-8")
             cfg.merge_from_file(str(merged), allow_unsafe=False)
-        cfg.merge_from_list(list(opts or []))
+        cfg.merge_from_list(opts)
     except (KeyError, AssertionError, ValueError) as error:
         raise ConfigError(_explain(error, cfg, config_file)) from None
     if default_output_dir == cfg.OUTPUT_DIR:
@@ -78,24 +84,33 @@ def setup_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
 
 
 def load_config(config_file: str, folder: str = "") -> dict[str, Any]:
-    """The settings of a YAML file, on top of those of its ``_BASE_``.
+    """The settings of a YAML file, merged over those of its ``_BASE_``.
 
-    ``_BASE_`` is a file, seen from the folder of the file that names it, or the name of one of the
-    paper's configs; or a list of these, of which later ones win.
+    ``_BASE_`` is a file, relative to the folder of the file that names it, or the name of one of
+    the paper's configs. It may be a list of these; later ones win.
 
     Args:
         config_file: a file, or a name for :func:`retina_plugin.get_config_file`.
-        folder: where a relative path begins.
+        folder: a relative path is relative to it.
 
     Raises:
-        ConfigError: no such file or config, a file that is not a YAML mapping, or bases that form
-            a circle.
+        ConfigError: there is no such file or config, it is not a YAML mapping, or its bases form a
+            circle.
     """
-    base, own = _base_and_own(_find_config(config_file, folder), ())
+    base, own = _base_and_own(find_config(config_file, folder), ())
     return _merge(own, base)
 
 
-def _find_config(name: str, folder: str) -> str:
+def find_config(name: str, folder: str = "") -> str:
+    """Path or URL of a config file.
+
+    Args:
+        name: a file, or a name for :func:`retina_plugin.get_config_file`.
+        folder: a relative path is relative to it.
+
+    Raises:
+        ConfigError: there is no such file or config.
+    """
     path = os.path.join(folder, os.path.expanduser(name))
     if "://" in name or PathManager.isfile(path):
         return name if "://" in name else path
@@ -106,14 +121,17 @@ def _find_config(name: str, folder: str) -> str:
 
 
 def _base_and_own(path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a file inherits, and what it sets itself."""
+    """The settings that a file inherits, and those that it has itself."""
     if path in seen:
         raise ConfigError(f"{path} inherits itself: {' -> '.join([*seen, path])}")
     own = _read_yaml(path)
     bases = own.pop("_BASE_", [])
     merged: dict[str, Any] = {}
     for name in [bases] if isinstance(bases, str) else bases:
-        base_path = os.path.normpath(_find_config(name, os.path.dirname(path)))
+        try:
+            base_path = os.path.normpath(find_config(name, os.path.dirname(path)))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: _BASE_: {error}") from None
         inherited, settings = _base_and_own(base_path, (*seen, path))
         merged = _merge(_merge(settings, inherited), merged)
     return merged, own
@@ -124,7 +142,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         with PathManager.open(path, "r", encoding="utf-8") as file:
             settings = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        # YAML's errors have several lines
+        # The error of the YAML parser has several lines.
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} is not a mapping of keys")
@@ -132,7 +150,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _merge(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``settings`` over it; both stay as they are."""
+    """A copy of ``base`` with ``settings`` merged over it."""
     merged = copy.deepcopy(base)
     for key, value in settings.items():
         if isinstance(value, dict) and key in merged:
@@ -144,29 +162,34 @@ def _merge(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _check_removed(keys: Iterable[str], where: str) -> None:
+    for key in keys:
+        if key in REMOVED_KEYS:
+            raise ConfigError(f"{where}: {key} no longer exists: {REMOVED_KEYS[key]}")
+
+
 def _explain(error: Exception, cfg: CfgNode, config_file: str) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) else error)
     text = " ".join(text.split())
-    where = f"{config_file} or the overrides"
     key = text.rsplit(": ", 1)[-1] if text.startswith("Non-existent") else ""
-    # of a group that is gone, yacs names the group
-    gone = [k for k in REMOVED_KEYS if f"{k}.".startswith(f"{key}.")] if key else []
-    if gone:
-        return f"{where}: {gone[0]} no longer exists: {REMOVED_KEYS[gone[0]]}"
-    return f"{where}: {text}{did_you_mean(key, flatten(cfg)) if key else ''}"
+    similar = did_you_mean(key, flatten(cfg)) if key else ""
+    return f"{config_file} or the overrides: {text}{similar}"
 
 
 def learning_rate_warning(config_file: str, cfg: CfgNode) -> str | None:
-    """A warning where batch size or learning rate was changed and the other was not.
+    """A warning if a run changes the batch size but not the learning rate, or the other way round.
 
-    The linear scaling rule (Goyal et al., arXiv:1706.02677) changes them together. Compared are
-    the file with its bases, and the overrides with the file.
+    The linear scaling rule (Goyal et al., arXiv:1706.02677) changes them together. The file is
+    compared with its bases, and the run with the file.
 
     Args:
-        config_file: what the run's config was loaded from.
-        cfg: the run's config, overrides included.
+        config_file: the file that the config was loaded from.
+        cfg: the config of the run, with its overrides.
+
+    Returns:
+        The warning, or None.
     """
-    base, own = _base_and_own(_find_config(config_file, ""), ())
+    base, own = _base_and_own(find_config(config_file), ())
     solvers = [base.get("SOLVER", {}), _merge(own, base).get("SOLVER", {}), cfg.SOLVER]
     names = [f"the bases of {config_file}", config_file]
     for before, after, where in zip(solvers, solvers[1:], names):
@@ -184,11 +207,11 @@ def learning_rate_warning(config_file: str, cfg: CfgNode) -> str | None:
 
 
 def import_user_modules(cfg: CfgNode) -> None:
-    """Import what ``IMPORTS`` names, once a process.
+    """Import the files and modules of ``IMPORTS``. Those that are imported already are skipped.
 
     Raises:
-        ConfigError: a file or module that is not there, or a file named like another module. What
-            a file itself raises is not caught.
+        ConfigError: a file or module does not exist, or a file has the name of another module. An
+            exception in the user's code is not caught.
     """
     for name in cfg.IMPORTS:
         if not name.endswith(".py"):
@@ -196,7 +219,7 @@ def import_user_modules(cfg: CfgNode) -> None:
                 importlib.import_module(name)
             except ModuleNotFoundError as error:
                 if not f"{name}.".startswith(f"{error.name}."):
-                    raise  # the module is there, something that it imports is not
+                    raise  # the module exists, but something that it imports does not
                 raise ConfigError(
                     f"IMPORTS: no module '{name}' is installed or on PYTHONPATH"
                 ) from None

@@ -1,76 +1,87 @@
-"""Detectron2's trainer with what a RetinaNet user expects of it."""
+"""The trainer: Detectron2's ``DefaultTrainer`` with this package's keys."""
 
 from __future__ import annotations
 
 import logging
 import os
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from retina_plugin.data import DATASET_MAPPER_REGISTRY
-from retina_plugin.data.checks import check_num_classes
-from retina_plugin.errors import ConfigError
 from retina_plugin.evaluation import EVALUATOR_REGISTRY
-from retina_plugin.modeling.detector import LOG_PERIOD
 from retina_plugin.modeling.normalizer import LossNormalizer
 
-from .hooks import BestCheckpoint, Pictures, ProgressBar
-from .precision import Autocast, inference_dtype, make_grad_scaler, training_dtype
-from .speed import prepare_model
+from .checks import check_batch_size, check_num_classes, check_precision
+from .hooks import BestCheckpoint, Progress, Results
+from .performance import Autocast, inference_dtype, prepare_model, training_dtype
 from .step import StepTrainer
 
 __all__ = ["Trainer"]
 
+_LOG_PERIOD = 20  # iterations between two writes of DefaultTrainer's writers
+_NO_EVALUATION: Mapping[str, Any] = {}
+
 
 class Trainer(DefaultTrainer):
-    """``DefaultTrainer`` with the evaluator of ``TEST.EVALUATOR``, the mapper of ``INPUT.MAPPER``,
-    the best checkpoint by AP, a progress bar on a terminal, pictures at the end, the loss
-    normaliser in its checkpoints, and the options of speed and memory (``SOLVER.AMP``,
-    ``SOLVER.ACCUMULATE``, ``MODEL.COMPILE``, ...).
+    """``DefaultTrainer`` with this package's keys, and with what a training should leave behind.
+
+    The keys are ``TEST.EVALUATOR``, ``INPUT.MAPPER``, ``SOLVER.AMP``, ``SOLVER.ACCUMULATE`` and
+    those of speed and memory (``MODEL.COMPILE``, ...). It also keeps the best checkpoint by AP,
+    shows a progress bar on a terminal, draws pictures at the end, and saves the moving average of
+    the loss normaliser in checkpoints.
 
     ``SOLVER.REFERENCE_WORLD_SIZE`` scales batch, learning rate and schedule to the number of
     processes, as in Detectron2.
 
+        trainer = Trainer(setup_cfg("configs/quick/digits_R18.yaml"))
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+
     Args:
-        cfg: a checked config (see :func:`retina_plugin.engine.checks.check_config`).
+        cfg: a checked config (see :func:`retina_plugin.engine.check_config`).
+
+    Raises:
+        ConfigError: the batch cannot be split over the processes, the device does not have the
+            precision, or a dataset has another number of classes.
     """
 
-    def __init__(self, cfg: Any) -> None:
-        # DefaultTrainer's own __init__ cannot train on several CPU processes: it gives
-        # DistributedDataParallel GPU ids in any case.
+    def __init__(self, cfg: CfgNode) -> None:
+        # Not DefaultTrainer's __init__: it makes the step with Detectron2's trainers (StepTrainer
+        # says what they lack), and it gives DistributedDataParallel a GPU id even on the CPU.
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
-            setup_logger()  # as Detectron2 does, where nobody has: in a notebook
+            setup_logger()  # nobody has: in a notebook, for example
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_batch_size(cfg, comm.get_world_size())
+        check_precision(cfg)
         model = self.build_model(cfg)
-        # a model that is only evaluated keeps no activations, nor has it to do with the limits
+        # Not in build_model, because evaluation keeps no activations.
         prepare_model(model, activation_checkpointing=cfg.MODEL.ACTIVATION_CHECKPOINTING)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        check_num_classes(cfg)  # again: a user's dataset may know its classes only once loaded
-        # device_ids None: DDP would copy the images itself, which synchronises with the GPU
+        # With device_ids, DistributedDataParallel would copy the images and synchronise each time.
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
-        precision = training_dtype(cfg)
-        half = precision == torch.float16
+        precision, device_type = training_dtype(cfg), torch.device(cfg.MODEL.DEVICE).type
         self._trainer = StepTrainer(
             model,
             data_loader,
             optimizer,
             passes=cfg.SOLVER.ACCUMULATE,
             precision=precision,
-            # on a GPU as often as Detectron2's writers write: each time it waits for the device
-            log_period=1 if cfg.MODEL.DEVICE == "cpu" else LOG_PERIOD,
-            grad_scaler=make_grad_scaler(torch.device(cfg.MODEL.DEVICE).type) if half else None,
+            # Copying the losses synchronises with the GPU: there as rarely as they are written.
+            log_period=1 if cfg.MODEL.DEVICE == "cpu" else _LOG_PERIOD,
+            grad_scaler=torch.amp.GradScaler(device_type) if precision == torch.float16 else None,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = DetectionCheckpointer(
@@ -82,26 +93,31 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def run_step(self) -> None:
-        """Detectron2's, and the step knows which is the last one: what is left is logged then."""
+        """Detectron2's; it also tells the step which iteration is the last."""
         self._trainer.max_iter = self.max_iter
         super().run_step()
 
-    def build_hooks(self) -> list:
-        """Detectron2's hooks, ours before the writers, so that they write what ours measure."""
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's hooks, with ours before the writers, which write what ours measure."""
         built = super().build_hooks()
         if not comm.is_main_process():
             return built
         *others, writers = built
         if self.cfg.DATASETS.TEST:
-            # with several test sets Detectron2 puts the set's name before the metric
+            # With several test sets, Detectron2 puts the name of the set before the metric.
             prefix = f"{self.cfg.DATASETS.TEST[0]}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
             others.append(
                 BestCheckpoint(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, f"{prefix}bbox/AP")
             )
-        return [*others, ProgressBar(), writers, Pictures(self.cfg)]
+        return [*others, Progress(self.cfg), writers, Results(self.cfg)]
+
+    @property
+    def last_evaluation(self) -> Mapping[str, Any]:
+        """What :meth:`test` returned last in this training; empty before the first evaluation."""
+        return getattr(self, "_last_eval_results", _NO_EVALUATION)
 
     @classmethod
-    def build_model(cls, cfg: Any) -> nn.Module:
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Detectron2's model with the options that training and evaluation share."""
         model = super().build_model(cfg)
         prepare_model(
@@ -112,14 +128,16 @@ class Trainer(DefaultTrainer):
         return model
 
     @classmethod
-    def build_train_loader(cls, cfg: Any) -> Any:
-        """Detectron2's loader of batches of ``IMS_PER_BATCH`` with the mapper of the config."""
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Detectron2's loader of this process's share of each batch, with the config's mapper."""
         mapper = DATASET_MAPPER_REGISTRY.build(cfg, True)
-        return build_detection_train_loader(cfg, mapper=mapper)
+        loader = build_detection_train_loader(cfg, mapper=mapper)
+        check_num_classes(cfg)  # again: a COCO file tells its classes when it is loaded
+        return loader
 
     @classmethod
-    def build_test_loader(cls, cfg: Any, dataset_name: str) -> Any:
-        """The same for a test set; loading may tell how many classes the dataset has."""
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Detectron2's loader of this process's share of a test set, with the config's mapper."""
         mapper = DATASET_MAPPER_REGISTRY.build(cfg, False)
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         check_num_classes(cfg)
@@ -128,19 +146,27 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(
         cls,
-        cfg: Any,
+        cfg: CfgNode,
         model: nn.Module,
         evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
     ) -> dict[str, Any]:
-        """Detectron2's evaluation on ``DATASETS.TEST``, the model in ``TEST.PRECISION``."""
+        """Detectron2's evaluation on ``DATASETS.TEST``, with the model in ``TEST.PRECISION``.
+
+        Returns:
+            {"bbox": {"AP": ..., ...}}, or with several test sets such a dict for each name.
+        """
         device_type = torch.device(cfg.MODEL.DEVICE).type
         return super().test(cfg, Autocast(model, device_type, inference_dtype(cfg)), evaluators)
 
     @classmethod
     def build_evaluator(
-        cls, cfg: Any, dataset_name: str, output_dir: str | None = None
+        cls, cfg: CfgNode, dataset_name: str, output_dir: str | None = None
     ) -> DatasetEvaluator:
-        """The evaluator that ``TEST.EVALUATOR`` names; its files go to OUTPUT_DIR/inference/SET."""
+        """The evaluator that ``TEST.EVALUATOR`` names.
+
+        Args:
+            output_dir: where its files go; None: OUTPUT_DIR/inference/DATASET_NAME.
+        """
         if output_dir is None:
             output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         return EVALUATOR_REGISTRY.build(cfg, dataset_name, output_dir)
@@ -154,32 +180,14 @@ class Trainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; a checkpoint of Detectron2's trainer has no average."""
+        """Restore :meth:`state_dict`. The checkpoint of Detectron2's trainer has no average."""
         super().load_state_dict(state_dict)
         normalizer = self._normalizer()
         if normalizer is not None and "loss_normalizer_ema" in state_dict:
             normalizer.ema.fill_(state_dict["loss_normalizer_ema"])
 
     def _normalizer(self) -> LossNormalizer | None:
-        # a user's own meta-architecture may have another one, or none
+        # A user's meta-architecture may have another normaliser, or none.
         model = getattr(self.model, "module", self.model)
         normalizer = getattr(model, "normalizer", None)
         return normalizer if isinstance(normalizer, LossNormalizer) else None
-
-
-def check_batch_size(cfg: Any, world_size: int) -> None:
-    """``SOLVER.IMS_PER_BATCH`` can be shared evenly by the processes and their passes.
-
-    Raises:
-        ConfigError: it cannot, with the nearest batch that can.
-    """
-    batch, passes = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE
-    parts = world_size * passes
-    if batch % parts:
-        nearest = max(1, round(batch / parts)) * parts
-        of_each = f" of SOLVER.ACCUMULATE {passes} passes" if passes > 1 else ""
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {batch} cannot be split over {world_size} "
-            f"process{'es' if world_size > 1 else ''}{of_each}: set it to "
-            f"{nearest} and SOLVER.BASE_LR to {cfg.SOLVER.BASE_LR * nearest / batch:g}"
-        )

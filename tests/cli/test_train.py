@@ -1,4 +1,4 @@
-"""The command: trains, evaluates, resumes, and says in one line what cannot work."""
+"""The command: training, evaluation, resuming, what it prints, and its one-line errors."""
 
 import json
 import os
@@ -15,18 +15,20 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
-from retina_plugin.cli import train as train_net
+from retina_plugin.cli import train as train_command
+from retina_plugin.errors import ConfigError
 from retina_plugin.modeling import AnchorLabeler
 
+TABLE = re.compile(r"\| +AP +\| +AP50 +\| +AP75 +\| +APs +\| +APm +\| +APl +\|")
 RESULTS = "inference/digits_scenes_val/coco_instances_results.json"
 
 
 @pytest.fixture
 def config(tiny_cfg, tmp_path, monkeypatch):
-    """A file with tiny_cfg; OUTPUT_DIR is in a temporary folder."""
+    """Path of a config file with ``tiny_cfg``."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    tiny_cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0  # untrained: else there is no AP
-    tiny_cfg.MODEL.DEVICE = "cuda"  # the default: train_net chooses the CPU
+    tiny_cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0  # an untrained model has an AP then
+    tiny_cfg.MODEL.DEVICE = "cuda"  # the default; the command changes it to the CPU
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     path = tmp_path / "tiny.yaml"
     path.write_text(tiny_cfg.dump())
@@ -39,25 +41,25 @@ def out(tiny_cfg):
 
 
 def run(config, *args):
-    train_net.main(["--config-file", config, *args])
+    train_command.main(["--config-file", config, *args])
 
 
 def error(config, *args):
-    """The line that the command ends with; its exit status is 1."""
+    """The line that the command ends with, after "error: "."""
     with pytest.raises(SystemExit) as end:
         run(config, *args)
     line = end.value.code
-    assert isinstance(line, str), "a text is printed on stderr and makes the status 1"
+    assert isinstance(line, str)  # sys.exit prints it on stderr; the exit status is 1
     assert line.startswith("error: ") and "\n" not in line
     return line.removeprefix("error: ")
 
 
-def test_headline_command(repo, tmp_path):
-    """Without COCO: one line that names DETECTRON2_DATASETS, and no traceback."""
+def test_training_without_coco_prints_one_line(repo, tmp_path):
+    """The README's command. The line names DETECTRON2_DATASETS and the folder."""
     command = "train_net.py --config-file configs/retina_R101_800.yaml --num-gpus 8".split()
     env = os.environ | {"DETECTRON2_DATASETS": str(tmp_path), "PYTHONPATH": str(repo)}
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", *command],
+        [sys.executable, *command],
         cwd=repo,
         env=env,
         capture_output=True,
@@ -70,8 +72,8 @@ def test_headline_command(repo, tmp_path):
     assert "DETECTRON2_DATASETS" in line and f"put COCO under {tmp_path} as coco/" in line
 
 
-def test_without_detectron2(repo, monkeypatch):
-    """One line that says how to get it."""
+def test_training_without_detectron2_prints_one_line(repo, monkeypatch):
+    """It says how to install Detectron2."""
     for name in [n for n in sys.modules if n.split(".")[0] in ("detectron2", "retina_plugin")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "detectron2", None)
@@ -81,12 +83,10 @@ def test_without_detectron2(repo, monkeypatch):
     assert "\n" not in end.value.code
 
 
-def test_trains_evaluates_and_resumes(config, out, capsys, log):
-    """All files, the AP table, the line about the CPU; --resume goes on where it was."""
+def test_trains_evaluates_and_resumes(config, out, capsys):
+    """It writes all files, and --resume continues."""
     run(config, "TEST.EVAL_PERIOD", "1")
-    printed = capsys.readouterr().out
-    assert "No GPU is used: running on cpu" in log.messages
-    assert re.search(r"\| +AP +\| +AP50 +\| +AP75 +\| +APs +\| +APm +\| +APl +\|", printed)
+    assert TABLE.search(capsys.readouterr().out)
     files = "config.yaml log.txt metrics.json model_final.pth model_best.pth"
     for name in (*files.split(), "training_curves.png", "detections.png"):
         assert (out / name).stat().st_size > 0, name
@@ -104,21 +104,21 @@ def test_trains_evaluates_and_resumes(config, out, capsys, log):
     assert torch.load(out / "model_final.pth", weights_only=False)["iteration"] == 3
 
 
-def test_resume_of_a_finished_training(config, out, capsys):
-    """Evaluates again and changes nothing."""
+def test_resuming_a_finished_training_evaluates_it(config, out, capsys):
+    """The weights do not change."""
     run(config)
     before = torch.load(out / "model_final.pth", weights_only=False)["model"]
     capsys.readouterr()
     run(config, "--resume")
     printed = capsys.readouterr().out
-    assert "Starting training from iteration 2" in printed
-    assert "Evaluation results for bbox" in printed
+    assert "2 iterations of 2 images (0.5 epochs), of which 2 are done" in printed
+    assert TABLE.search(printed)
     after = torch.load(out / "model_final.pth", weights_only=False)["model"]
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_eval_only(config, out, tmp_path, capsys):
-    """The numbers of the training's own evaluation, and the sheet; nothing is trained."""
+    """It gives the numbers of the training's own evaluation, and trains nothing."""
     run(config)
     weights = tmp_path / "weights.pth"
     shutil.copy(out / "model_final.pth", weights)
@@ -126,14 +126,17 @@ def test_eval_only(config, out, tmp_path, capsys):
     shutil.rmtree(out)
     capsys.readouterr()
     run(config, "--eval-only", "MODEL.WEIGHTS", str(weights), "DATASETS.TRAIN", "('not_there',)")
-    assert "Evaluation results for bbox" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert TABLE.search(printed) and len(printed.splitlines()) <= 15
+    assert f"Weights     {weights}" in printed
+    assert "Evaluation results for bbox" in (out / "log.txt").read_text()
     assert (out / RESULTS).read_text() == expected
     assert (out / "detections.png").is_file()
     assert not list(out.glob("*.pth"))
 
 
 def test_eval_only_of_the_last_checkpoint(config, out, capsys):
-    """With --resume; without, the weights must be named."""
+    """With --resume. Without it, MODEL.WEIGHTS must be set."""
     assert error(config, "--eval-only").startswith("--eval-only: set MODEL.WEIGHTS")
     run(config)
     expected = (out / RESULTS).read_text()
@@ -141,8 +144,8 @@ def test_eval_only_of_the_last_checkpoint(config, out, capsys):
     assert (out / RESULTS).read_text() == expected
 
 
-def test_a_test_set_without_annotations(config, out, tiny_digits, tmp_path):
-    """As test-dev: trains and evaluates, and writes the results that are to be submitted."""
+def test_set_without_annotations(config, out, tiny_digits, tmp_path):
+    """Such as test-dev: the detections are written, and there is no AP."""
     coco = json.loads((tiny_digits / "val.json").read_text())
     del coco["annotations"]
     (tmp_path / "images.json").write_text(json.dumps(coco))
@@ -162,7 +165,7 @@ def test_a_test_set_without_annotations(config, out, tiny_digits, tmp_path):
     assert {r["image_id"] for r in trained} == {1, 2, 3, 4}
     assert {r["category_id"] for r in trained} <= set(range(1, 11))
     assert (out / "detections.png").is_file() and (out / "training_curves.png").is_file()
-    assert not (out / "model_best.pth").exists()  # nothing says which is the best
+    assert not (out / "model_best.pth").exists()  # there is no AP to choose it by
 
 
 @pytest.mark.parametrize(
@@ -172,20 +175,20 @@ def test_a_test_set_without_annotations(config, out, tiny_digits, tmp_path):
         (["MODEL.RETINANET.NUM_CLASSES", "80"], "MODEL.RETINANET.NUM_CLASSES is 80, but digits"),
         (["DATASETS.TRAIN", "('not_there',)"], "DATASETS.TRAIN: no dataset 'not_there'"),
         (["MODEL.WEIGHTS", "/no/such/weights.pkl"], "MODEL.WEIGHTS: no file /no/such/weights.pkl"),
-        (["MODEL.RETINANET.CLS_LOS", "x"], "did you mean MODEL.RETINANET.CLS_LOSS"),
+        (["MODEL.RETINANET.CLS_LOS", "x"], "did you mean 'MODEL.RETINANET.CLS_LOSS'"),
         (["MODEL.RETINANET.CLS_LOSS", "x"], "MODEL.RETINANET.CLS_LOSS: nothing is registered as"),
-        (["MODEL.RETINANET.NORMALIZER", "x"], "MODEL.RETINANET.NORMALIZER: no 'x'; known: "),
+        (["MODEL.RETINANET.NORMALIZER", "x"], "MODEL.RETINANET.NORMALIZER: "),
         (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH"),
     ],
 )
-def test_one_line_errors(config, out, args, expected):
-    """Before the first iteration, with the key."""
+def test_wrong_config_prints_one_line(config, out, args, expected):
+    """With the key, before the first iteration."""
     assert expected in error(config, *args)
     assert not (out / "metrics.json").exists()
 
 
-def test_weights_that_cannot_be_downloaded(config, monkeypatch):
-    """One line; a resumed run, which loads its checkpoint instead, does not need them."""
+def test_failed_download_prints_one_line(config, monkeypatch):
+    """With the URL and the reason."""
 
     def offline(path):
         raise OSError("no network")
@@ -197,40 +200,83 @@ def test_weights_that_cannot_be_downloaded(config, monkeypatch):
     assert text.startswith("MODEL.WEIGHTS: cannot download https://") and "no network" in text
 
 
-def test_warnings_come_before_the_training(config, log):
-    """A learning rate for another batch, and a key of MODEL.ROI_HEADS."""
+def test_warnings_are_printed_before_the_training(config, capsys):
+    """Of a learning rate without its batch, and of a key of MODEL.ROI_HEADS."""
     run(config, "SOLVER.BASE_LR", "0.01", "MODEL.ROI_HEADS.NUM_CLASSES", "10")
-
-    def first(text):
-        return next(i for i, message in enumerate(log.messages) if text in message)
-
-    start = first("Starting training")
-    assert first("linear scaling gives SOLVER.BASE_LR 0.00125") < start
-    assert first("MODEL.ROI_HEADS.NUM_CLASSES is set to 10") < start
+    before, after = capsys.readouterr().out.split("iteration 1/2", 1)
+    assert "WARNING: SOLVER.BASE_LR 0.01 with SOLVER.IMS_PER_BATCH 2: " in before
+    assert "WARNING: MODEL.ROI_HEADS.NUM_CLASSES is set to 10" in before
+    assert "WARNING" not in after
 
 
-def test_one_process_of_a_machine_speaks(config, monkeypatch):
-    """The others end without a failure, or the launcher would kill the one that speaks."""
+def test_training_prints_a_page(repo, config, out):
+    """And nothing else, not even on stderr; environment and config are in the log file."""
+    # A CUDA compiler without a GPU makes PyTorch print a line.
+    env = os.environ | {"PYTHONPATH": str(repo), "CUDA_HOME": str(out.parent)}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train_net.py", "--config-file", config]
+    command += ["SOLVER.MAX_ITER", "50", "TEST.EVAL_PERIOD", "25", "VIS_PERIOD", "10"]
+    result = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert len(lines) <= 50
+    for line in (
+        rf"Config +{config} SOLVER.MAX_ITER 50 TEST.EVAL_PERIOD 25 VIS_PERIOD 10",
+        r"Loss +FocalLoss and smooth_l1",
+        r"Trained on +digits_scenes_train: 8 images, 10 classes",
+        r"Tested on +digits_scenes_val, every 25 iterations and at the end",
+        r"Device +cpu",
+        r"Length +50 iterations of 2 images \(12.5 epochs\)",
+        r"iteration 50/50  loss [\d.]+  lr [\d.e-]+  0:00:00 left",
+        r"Evaluation of iteration 25 on digits_scenes_val: AP [\d.]+, AP50 .*",
+        r"\| digits_scenes_val \| +[\d.]+ .*",
+        rf"Training curves: {out}/training_curves.png",
+        rf"Detections against ground truth: {out}/detections.png",
+        rf"Weights +{out}/model_final.pth",
+    ):
+        assert sum(re.fullmatch(line, x) is not None for x in lines) == 1, line
+    assert lines[-1] == f"Log         {out}/log.txt"
+    assert 10 <= sum(line.startswith("iteration ") for line in lines) <= 20
+    logged = (out / "log.txt").read_text()
+    for text in ("Environment info:", "Running with full config:", "FocalRetinaNet(", "iter: 39 "):
+        assert text in logged, text
+    assert "Average Precision" in logged  # what pycocotools prints
+
+
+def test_config_of_the_paper_by_name(config, out, capsys):
+    """``--config-file`` takes a file, or a name in the package."""
+    name = "quick/digits_R18_short.yaml"
+    opts = ["OUTPUT_DIR", str(out), "SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()"]
+    opts += ["MODEL.FPN.NORM", "", "MODEL.RETINANET.NORM", "", "DATASETS.TEST", "()"]
+    opts += ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.0075"]
+    run(name, *opts)
+    assert "digits_R18_short.yaml" in capsys.readouterr().out
+    assert (out / "model_final.pth").is_file()
+
+
+def test_one_process_of_a_machine_prints_the_error(config, monkeypatch):
+    """The others end with status 0, or the launcher could stop the first one too early."""
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as end:
         run(config, "MODEL.RETINANET.NUM_CLASSES", "80")
     assert end.value.code == 0
 
 
-def test_an_error_in_training_is_said_too(config, monkeypatch):
-    """By whichever process meets it."""
+def test_any_process_prints_an_error_of_the_training(config, monkeypatch):
+    """Perhaps only one process meets it."""
 
     def check(self, classes):
-        raise train_net.ConfigError("class 10 is outside")
+        raise ConfigError("class 10 is outside")
 
     monkeypatch.setattr(AnchorLabeler, "_check_classes", check)
-    monkeypatch.setattr(train_net.comm, "get_local_rank", lambda: 1)
+    monkeypatch.setattr(train_command.comm, "get_local_rank", lambda: 1)
     assert error(config) == "class 10 is outside"
 
 
 @pytest.fixture
 def broken_image(tiny_digits):
-    """spoil(split): the first image of the tiny set is no image; it is restored afterwards."""
+    """``broken_image(split)`` overwrites an image until the end of the test; returns its path."""
     spoiled = []
 
     def spoil(split):
@@ -245,8 +291,8 @@ def broken_image(tiny_digits):
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_image_that_cannot_be_read_in_training(config, broken_image, workers):
-    """One line with its name, without the traceback of the loader's worker."""
+def test_broken_image_in_training_prints_one_line(config, broken_image, workers):
+    """With its path, and without the traceback of the loader's worker."""
     path = broken_image("train")
     args = ("DATALOADER.NUM_WORKERS", workers, "SOLVER.IMS_PER_BATCH", "8")
     line = error(config, *args)
@@ -254,13 +300,13 @@ def test_an_image_that_cannot_be_read_in_training(config, broken_image, workers)
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_image_that_cannot_be_read_in_evaluation(
+def test_broken_image_in_evaluation_prints_one_line(
     config, out, broken_image, monkeypatch, workers
 ):
-    """The process that meets it fails, whichever it is: the others would wait for it."""
+    """From the process that meets it, whichever that is."""
     run(config)
     path = broken_image("val")
-    monkeypatch.setattr(train_net.comm, "get_local_rank", lambda: 1)
+    monkeypatch.setattr(train_command.comm, "get_local_rank", lambda: 1)
     weights = str(out / "model_final.pth")
     args = ("--eval-only", "DATALOADER.NUM_WORKERS", workers, "MODEL.WEIGHTS", weights)
     assert error(config, *args).startswith(f"cannot read the image {path} (")

@@ -1,4 +1,4 @@
-"""One training step: Detectron2's, accumulated, in 16 bit; what is logged, checked and kept."""
+"""One training step: equal to Detectron2's, accumulation, 16 bit, the log, the checkpoint."""
 
 import copy
 
@@ -11,14 +11,12 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
-from retina_plugin.engine.loss_log import LossLog
-from retina_plugin.engine.precision import make_grad_scaler
-from retina_plugin.engine.step import StepTrainer
+from retina_plugin.engine.step import LossLog, StepTrainer
 from retina_plugin.errors import ConfigError
 
 
 class Model(nn.Module):
-    """Two losses, each the mean over the images of something of one image alone."""
+    """Two losses, each a mean over the images of the batch."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +42,7 @@ def batches(number=3, size=4):
 
 
 def train(trainer_class, model, data, end=None, **options):
-    """The trainer and its storage after a step for each batch."""
+    """Take a step for each batch; return the trainer and its event storage."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     trainer = trainer_class(model, data, optimizer, **options)
     if end is not None:
@@ -57,11 +55,11 @@ def train(trainer_class, model, data, end=None, **options):
 
 
 def log(storage):
-    """Losses by iteration."""
+    """Name -> [(loss, iteration), ...]."""
     return {k: storage.history(k).values() for k in ("total_loss", "loss_a", "loss_b")}
 
 
-def test_a_step_is_detectron2s(model):
+def test_step_equals_detectron2s(model):
     """Parameters, momenta and the log, to the bit."""
     reference = copy.deepcopy(model)
     ours, storage = train(StepTrainer, model, batches())
@@ -78,8 +76,8 @@ def test_a_step_is_detectron2s(model):
 
 
 @pytest.mark.parametrize("passes", [2, 4])
-def test_accumulated_steps_are_whole_steps(model, passes):
-    """The same parameters and logged losses up to rounding, from small passes."""
+def test_accumulated_step_equals_a_whole_step(model, passes):
+    """Parameters and logged losses are the same up to rounding; the passes are small."""
     reference = copy.deepcopy(model)
     _, storage = train(StepTrainer, model, batches(), passes=passes)
     _, expected = train(StepTrainer, reference, batches())
@@ -90,7 +88,7 @@ def test_accumulated_steps_are_whole_steps(model, passes):
 
 
 def image(seed, boxes):
-    """A random image; images have different numbers of objects."""
+    """A random image with 0 to 2 boxes."""
     instances = Instances((64, 64))
     instances.gt_boxes = Boxes(torch.tensor([[4.0, 6.0, 40.0, 50.0], [20.0, 1, 60, 60]])[:boxes])
     instances.gt_classes = torch.tensor([1, 3])[:boxes]
@@ -99,7 +97,7 @@ def image(seed, boxes):
 
 
 def test_accumulated_gradients_of_the_detector(tiny_cfg):
-    """2 passes of 4 images give the gradient of 8 (NORMALIZER per_image, no batch statistics)."""
+    """2 passes of 4 images give the gradient of 8 (with NORMALIZER per_image and FrozenBN)."""
     tiny_cfg.MODEL.RESNETS.NORM = "FrozenBN"
     assert tiny_cfg.MODEL.RETINANET.NORMALIZER == "per_image"
     whole = build_model(tiny_cfg)
@@ -116,14 +114,14 @@ def test_accumulated_gradients_of_the_detector(tiny_cfg):
             assert error <= 1e-5 * theirs.grad.abs().max(), name
 
 
-def test_a_batch_that_the_passes_cannot_share(model):
-    """One line."""
+def test_uneven_passes_raise(model):
+    """The message has the key and the number of images."""
     with pytest.raises(ConfigError, match="ACCUMULATE 3: the data loader gave 4 images"):
         train(StepTrainer, model, batches(), passes=3)
 
 
-def test_one_loss_alone(model):
-    """A model may return a tensor, as for Detectron2."""
+def test_single_loss_is_accepted(model):
+    """As by Detectron2's trainer."""
     losses = model.forward
     model.forward = lambda batch: sum(losses(batch).values())
     _, storage = train(StepTrainer, model, batches(), passes=2)
@@ -131,8 +129,8 @@ def test_one_loss_alone(model):
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_a_loss_that_is_not_finite_never_reaches_the_weights(model, passes):
-    """An error as Detectron2's, before the optimizer's step."""
+def test_infinite_loss_never_reaches_the_weights(model, passes):
+    """It raises Detectron2's error, before the optimizer's step."""
     before = model.linear.weight.detach().clone()
     data = batches(1)
     data[0][3] = torch.full((6,), torch.inf)
@@ -141,8 +139,8 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(model, passes):
     assert torch.equal(model.linear.weight, before)
 
 
-def test_bfloat16_is_autocast(model):
-    """On the CPU: the loss that autocast gives, float32 weights and gradients, no scaler."""
+def test_bfloat16_equals_autocast(model):
+    """Also on the CPU. Weights and gradients stay float32, and there is no loss scaler."""
     reference = copy.deepcopy(model)
     trainer, _ = train(StepTrainer, model, batches(1), precision=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -155,16 +153,16 @@ def test_bfloat16_is_autocast(model):
 
 
 def test_float16_scales_the_loss(model):
-    """Gradients are unscaled before the step; an overflow skips the step and halves the scale."""
+    """And unscales the gradients. An overflow skips the step and halves the scale."""
     reference, before = copy.deepcopy(model), model.linear.weight.detach().clone()
-    scaler = make_grad_scaler("cpu")
+    scaler = torch.amp.GradScaler("cpu")
     scaler.load_state_dict(scaler.state_dict() | {"scale": 1024.0})
     options = {"precision": torch.float16, "grad_scaler": scaler, "passes": 2}
     train(StepTrainer, model, batches(1), **options)
     train(StepTrainer, reference, batches(1))
     assert model.dtype == torch.float16 and not torch.equal(model.linear.weight, before)
     torch.testing.assert_close(model.linear.weight, reference.linear.weight, rtol=0, atol=1e-3)
-    # the losses are finite, their gradients are not once they are scaled
+    # The losses are finite, but their scaled gradients are not.
     before = model.linear.weight.detach().clone()
     huge = [[torch.full((6,), 100.0)] * 4]
     trainer, _ = train(StepTrainer, model, huge, **options)
@@ -172,11 +170,11 @@ def test_float16_scales_the_loss(model):
     assert trainer.state_dict()["grad_scaler"]["scale"] == 512.0
 
 
-def test_the_scaler_is_resumed(model):
-    """Where the checkpoint has one; one of another precision has none, and can be loaded."""
+def test_loss_scaler_is_resumed(model):
+    """A checkpoint without one can be loaded too."""
     data = batches(1)
     other, _ = train(StepTrainer, copy.deepcopy(model), data, precision=torch.bfloat16)
-    scaler = make_grad_scaler("cpu")
+    scaler = torch.amp.GradScaler("cpu")
     trainer, _ = train(StepTrainer, model, data, precision=torch.float16, grad_scaler=scaler)
     state = trainer.state_dict()
     state["grad_scaler"]["scale"] = 128.0
@@ -187,8 +185,8 @@ def test_the_scaler_is_resumed(model):
     assert scaler.get_scale() == 128.0
 
 
-def test_hooks_after_the_backward_pass(model):
-    """Once a step, when all gradients are there and before the optimizer's."""
+def test_hooks_run_after_the_backward_pass(model):
+    """Once a step, after the last pass and before the optimizer's step."""
 
     class Hook(HookBase):
         gradients = ()
@@ -209,8 +207,8 @@ def test_hooks_after_the_backward_pass(model):
 
 
 @pytest.mark.parametrize("period", [3, 20])
-def test_a_log_period_is_when_logs_are_written(model, period, monkeypatch):
-    """All iterations are logged, few times, those after the last period too; weights are equal."""
+def test_log_is_written_once_a_period(model, period, monkeypatch):
+    """With all iterations, also those after the last whole period. Weights do not change."""
     data = batches(number=7)
     every = copy.deepcopy(model)
     _, expected = train(StepTrainer, every, data, end=7)
@@ -230,8 +228,8 @@ def test_a_log_period_is_when_logs_are_written(model, period, monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), every.parameters()))
 
 
-def test_detectron2s_own_loop_says_where_the_end_is(model):
-    """Without a trainer around it."""
+def test_train_of_detectron2_writes_the_last_losses(model):
+    """``TrainerBase.train`` sets ``max_iter``."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     trainer = StepTrainer(model, batches(4), optimizer, log_period=3)
     trainer.train(0, 4)
@@ -239,8 +237,8 @@ def test_detectron2s_own_loop_says_where_the_end_is(model):
 
 
 @pytest.mark.parametrize("bad", [3, 6])
-def test_the_first_loss_that_is_not_finite_is_named(model, bad):
-    """Within a period, and after the last whole one; what came before it is logged."""
+def test_error_names_the_first_infinite_loss(model, bad):
+    """Within a period, and after the last whole one. Earlier iterations are logged."""
     data = batches(number=7)
     data[bad][1] = torch.full((6,), torch.inf)
     with EventStorage() as storage:
@@ -254,8 +252,8 @@ def test_the_first_loss_that_is_not_finite_is_named(model, bad):
     assert [i for _, i in storage.history("total_loss").values()] == list(range(bad))
 
 
-def test_each_pass_is_a_whole_backward_pass(model):
-    """The loss's own factor, which its kernel has written already, isn't changed by ACCUMULATE."""
+def test_each_pass_backpropagates_the_whole_loss(model):
+    """The gradient of a loss stays 1 with ACCUMULATE, which the loss kernels count on."""
     factors, forward = [], model.forward
 
     def watched(batch):

@@ -1,22 +1,28 @@
-"""Speed and memory options: the plain detector's names, losses, gradients and detections."""
+"""Speed and memory options give the plain detector's names, losses, gradients and detections."""
 
 import copy
 import shutil
 
 import pytest
 import torch
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import Backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from retina_plugin.engine import Trainer, speed
-from retina_plugin.engine.speed import check_compiler, prepare_model
+from retina_plugin.engine import Trainer, report
+from retina_plugin.engine.performance import (
+    Autocast,
+    inference_dtype,
+    prepare_model,
+    training_dtype,
+)
 from retina_plugin.errors import ConfigError
 from retina_plugin.modeling import RetinaHead
 
-# float32 convolutions in another order of addition: measured 2e-6 of the largest gradient
+# Convolutions that add in another order differ by 2e-6 of the largest gradient (measured).
 FLOAT32 = 1e-5
 
 
@@ -35,7 +41,7 @@ def batch(height=64, width=96, images=2):
 
 @pytest.fixture
 def detector(tiny_cfg):
-    """Makes the same tiny detector each time, with other options, norms and no threshold."""
+    """``detector(**options)`` makes the same tiny detector each time; it has no score threshold."""
     tiny_cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
 
     def make(norm="FrozenBN", head_norm="", freeze_at=2, **options):
@@ -93,15 +99,14 @@ OPTIONS = {
         "channels_last": True,
         "activation_checkpointing": True,
         "compile_parts": True,
-        "compile_backend": "eager",  # the graph as PyTorch traces it, without minutes of g++
-        "pad_divisor": 32,  # no more padding than without; traced for one size
+        "compile_backend": "eager",  # runs the traced graph; compiling it takes minutes
     },
 }
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_an_option_changes_no_result(detector, options):
-    """Losses, gradients, detections and the state dict are the plain model's, within 1e-5."""
+def test_options_change_no_result(detector, options):
+    """State dict, losses, gradients and detections equal the plain model's, within 1e-5."""
     plain, model = detector(), detector(**options)
     assert [(k, v.shape) for k, v in model.state_dict().items()] == [
         (k, v.shape) for k, v in plain.state_dict().items()
@@ -112,14 +117,14 @@ def test_an_option_changes_no_result(detector, options):
     expected_losses, expected_gradients = step(plain, batch())
     assert_same(losses, expected_losses, FLOAT32)
     assert_same(gradients, expected_gradients, FLOAT32)
-    # untrained scores differ too little to be in the same order after rounding
+    # The scores of an untrained model are so close that rounding would change their order.
     nn.init.normal_(plain.head.cls_score.weight, 0, 0.3, torch.Generator().manual_seed(3))
     model.load_state_dict(plain.state_dict(), strict=True)
     assert_same_detections(detect(model, batch()), detect(plain, batch()), FLOAT32)
 
 
-def test_channels_last_from_the_images_to_the_head(detector):
-    """Images, weights and features, which is what makes the convolutions fast."""
+def test_channels_last_reaches_every_convolution(detector):
+    """Its input and its weights, which is what makes it fast."""
     model = detector(channels_last=True)
     seen = {}
     convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
@@ -129,12 +134,12 @@ def test_channels_last_from_the_images_to_the_head(detector):
     assert seen.keys() == convs.keys()
     for tensor in [*seen.values(), *(c.weight for c in convs.values())]:
         assert tensor.is_contiguous(memory_format=torch.channels_last)
-    # 1 x 1 kernels and maps are contiguous in both
+    # 1 x 1 kernels and maps are contiguous in both formats.
     assert sum(not x.is_contiguous() for x in seen.values()) > len(seen) / 2
 
 
-def test_bfloat16_is_near(detector):
-    """Losses within 1 percent, the gradient within 10 percent of its length (measured: 4)."""
+def test_bfloat16_is_close_to_float32(detector):
+    """Losses within 1 percent, the gradient within 10 percent of its norm (measured: 4)."""
     plain, model = detector(), detector(channels_last=True)
     expected_losses, expected = step(plain, batch())
     with torch.autocast("cpu", torch.bfloat16):
@@ -147,7 +152,7 @@ def test_bfloat16_is_near(detector):
 
 
 class SavedBytes:
-    """Bytes that the forward pass keeps for the backward pass, each storage once."""
+    """Counts the bytes that the forward pass keeps for the backward pass, each storage once."""
 
     def __init__(self, model):
         self.storages = {}
@@ -156,7 +161,7 @@ class SavedBytes:
     def __call__(self, tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.own:
-            self.storages[storage.data_ptr()] = tensor  # kept, so that no address comes twice
+            self.storages[storage.data_ptr()] = tensor  # keeps the address in use
         return tensor
 
     def total(self):
@@ -172,15 +177,15 @@ def saved_bytes(model):
     return saved.total()
 
 
-def test_checkpointing_keeps_less(detector):
-    """Less than half of what a tiny model that is trained as a whole keeps."""
+def test_checkpointing_saves_memory(detector):
+    """It keeps less than half as many bytes, if all of the model is trained."""
     norms = {"norm": "BN", "head_norm": "BN", "freeze_at": 0}
     kept = saved_bytes(detector(**norms, activation_checkpointing=True))
     assert kept < 0.5 * saved_bytes(detector(**norms))
 
 
-def test_checkpointing_computes_twice_what_is_trained(detector):
-    """Frozen blocks and evaluation once: they keep nothing."""
+def test_checkpointing_recomputes_only_trained_parts(detector):
+    """Frozen blocks, and a model that is evaluated, are computed once."""
     model = detector(activation_checkpointing=True)
     calls = {}
 
@@ -191,7 +196,7 @@ def test_checkpointing_computes_twice_what_is_trained(detector):
         conv = next(m for m in model.get_submodule(name).modules() if isinstance(m, nn.Conv2d))
         conv.register_forward_hook(lambda m, args, out, name=name: count(name))
     step(model, batch())
-    # one pass a level of the head, each computed again by itself
+    # the head runs once on each of five levels
     assert list(calls.values()) == [1, 2, 10]
     calls.clear()
     detect(model, batch())
@@ -199,8 +204,8 @@ def test_checkpointing_computes_twice_what_is_trained(detector):
 
 
 @pytest.mark.parametrize("head_norm", ["BN", ""])
-def test_checkpointing_leaves_running_statistics(detector, head_norm):
-    """Batch norm learns from each batch once, in the head each level's norm from its level."""
+def test_checkpointing_updates_running_statistics_once(detector, head_norm):
+    """For each batch, and each level's norm of the head from its own level."""
     norms = {"norm": "BN", "head_norm": head_norm, "freeze_at": 0}
     plain, model = detector(**norms), detector(**norms, activation_checkpointing=True)
     for _ in range(2):
@@ -215,8 +220,8 @@ def test_checkpointing_leaves_running_statistics(detector, head_norm):
     assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-def test_checkpointing_keeps_each_level_its_norm(detector):
-    """Also where the levels' norms differ: evaluated with statistics of their own."""
+def test_checkpointing_recomputes_a_level_with_its_norm(detector):
+    """The norms of the levels are in eval mode here, with different statistics."""
     gradients = []
     for options in ({}, {"activation_checkpointing": True}):
         model = detector(head_norm="BN", **options)
@@ -229,8 +234,8 @@ def test_checkpointing_keeps_each_level_its_norm(detector):
     assert_same(gradients[1], gradients[0], 0)
 
 
-def test_checkpointing_leaves_random_numbers(detector):
-    """Dropout in a user's head drops the same in the second computation."""
+def test_checkpointing_repeats_random_numbers(detector):
+    """Dropout drops the same activations in both computations."""
     gradients = []
     for options in ({}, {"activation_checkpointing": True}):
         model = detector()
@@ -241,16 +246,16 @@ def test_checkpointing_leaves_random_numbers(detector):
     assert_same(gradients[1], gradients[0], 0)
 
 
-def test_a_copy_of_a_checkpointed_model(detector):
-    """Computes with its own parameters, not with those of the original."""
+def test_copy_of_a_checkpointed_model(detector):
+    """It computes with its own parameters, not with those of the original."""
     model = detector(activation_checkpointing=True)
     expected = step(detector(), batch())[1]
     assert_same(step(copy.deepcopy(model), batch())[1], expected, 0)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_head_without_subnets_is_recomputed_as_a_whole():
-    """A user's head of another form."""
+def test_head_without_subnets_is_recomputed_as_a_whole():
+    """Such as a user may write."""
 
     class Head(nn.Module):
         def __init__(self):
@@ -274,25 +279,15 @@ def test_a_head_without_subnets_is_recomputed_as_a_whole():
     assert model.head.calls == 2 and features[0].grad is not None
 
 
-def test_compiled_in_one_piece(detector):
-    """Backbone and head are a graph each, without breaks; padded to one size there are no more."""
+def test_compiled_once_for_all_sizes(detector):
+    """Backbone and head are one graph each, without breaks, for images of any size."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
-    model = detector(compile_parts=True, compile_backend=counter, pad_divisor=256)
-    for size in [(192, 256), (256, 224), (64, 64)]:
-        step(model, batch(*size))
+    model = detector(compile_parts=True, compile_backend=counter)
+    for size in [(320, 448), (384, 512), (448, 320)]:
+        step(model, batch(*size, images=1))
         assert counter.frame_count == 2, size
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize(("pad_divisor", "dynamic"), [(0, True), (128, None)])
-def test_compiled_for_any_size_or_for_few(detector, monkeypatch, pad_divisor, dynamic):
-    """COCO's sizes are many: without padding to few of them, code for any size from the start."""
-    calls = []
-    monkeypatch.setattr(nn.Module, "compile", lambda m, **options: calls.append((m, options)))
-    model = detector(compile_parts=True, pad_divisor=pad_divisor)
-    options = {"backend": "inductor", "dynamic": dynamic}
-    assert calls == [(model.backbone, options), (model.head, options)]
 
 
 class TinyBackbone(Backbone):
@@ -305,8 +300,8 @@ class TinyBackbone(Backbone):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_inductor_makes_code_that_agrees():
-    """PyTorch's own compiler, on two convolutions: compiling the tiny detector takes minutes."""
+def test_compiled_code_agrees():
+    """Of PyTorch's own compiler, for two convolutions. The tiny detector would take minutes."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -335,97 +330,43 @@ def test_inductor_makes_code_that_agrees():
     torch._dynamo.reset()
 
 
-def test_pad_divisor_is_padding(detector):
-    """As if the images came with that padding, which is 0 after normalisation."""
-    plain, model = detector(), detector(pad_divisor=128)
-    nn.init.normal_(plain.head.cls_score.weight)
-    model.load_state_dict(plain.state_dict())
-    sizes = []
-    model.backbone.register_forward_pre_hook(lambda m, args: sizes.append(args[0].shape[-2:]))
-    inputs = batch(64, 160)
-    padded = copy.deepcopy(inputs)
-    for x in padded:
-        image = plain.pixel_mean.expand(3, 128, 256).clone()
-        image[:, :64, :160] = x["image"]
-        x["image"] = image
-    assert_same(step(model, inputs)[0], step(plain, padded)[0], 0)
-    found, expected = detect(model, inputs), detect(plain, padded)
-    assert sizes == [(128, 256)] * 2
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.image_size == (64, 160)
-        assert len(ours) and torch.isin(ours.scores, theirs.scores).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "line"),
-    [
-        (
-            {"pad_divisor": 100},
-            "INPUT.PAD_DIVISOR 100 is no multiple of the backbone's 32: set it to 96, or 0",
-        ),
-        (
-            {"pad_divisor": 8},
-            "INPUT.PAD_DIVISOR 8 is no multiple of the backbone's 32: set it to 32, or 0",
-        ),
-        (
-            {"norm": "BN", "compile_parts": True, "activation_checkpointing": True},
-            "MODEL.COMPILE with MODEL.ACTIVATION_CHECKPOINTING cannot train batch norm: set "
-            "MODEL.RESNETS.NORM FrozenBN or GN (and MODEL.FPN.NORM, MODEL.RETINANET.NORM), or one "
-            "of the two options False",
-        ),
-    ],
-)
-def test_options_that_cannot_be(detector, options, line):
-    """One line with the fix."""
+def test_compiled_and_checkpointed_batch_norm_raises(detector):
+    """If it is trained."""
     with pytest.raises(ConfigError) as error:
-        detector(**options)
-    assert str(error.value) == line
+        detector(norm="BN", compile_parts=True, activation_checkpointing=True)
+    assert str(error.value) == (
+        "MODEL.COMPILE with MODEL.ACTIVATION_CHECKPOINTING cannot train batch norm: set "
+        "MODEL.RESNETS.NORM FrozenBN or GN (and MODEL.FPN.NORM, MODEL.RETINANET.NORM), or one of "
+        "the two options False"
+    )
 
 
-def test_models_of_another_form():
-    """No backbone and head; a backbone that is no FPN; nothing asked, nothing needed."""
+def test_model_without_backbone_and_head_raises():
+    """Unless no option is on."""
     model = nn.Sequential(nn.Conv2d(3, 3, 1))
     prepare_model(model)
     for option in ("channels_last", "compile_parts", "activation_checkpointing"):
         with pytest.raises(ConfigError, match="Sequential has no backbone and head: leave MODEL"):
             prepare_model(model, **{option: True})
-    model.backbone, model.head = TinyBackbone(), nn.Identity()
-    with pytest.raises(ConfigError, match="PAD_DIVISOR 64 is for FPN backbones, not TinyBackbone"):
-        prepare_model(model, pad_divisor=64)
 
 
-def test_no_compiler(monkeypatch):
-    """The CPU needs a C++ compiler, a GPU Triton."""
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match=r"C\+\+ compiler, and there is no no-such-compiler: "):
-        check_compiler("cpu")
-    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="needs Triton: install triton, or set MODEL.COMPILE F"):
-        check_compiler("cuda")
-    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: object())
-    check_compiler("cuda")
-    monkeypatch.setenv("CXX", shutil.which("true"))
-    check_compiler("cpu")
-
-
-def test_the_trainer_reads_the_keys(tiny_cfg, monkeypatch):
-    """Each key reaches its argument; checkpointing is for a model that is trained."""
+def test_trainer_reads_the_keys(tiny_cfg, monkeypatch):
+    """Each key reaches its argument. Checkpointing is for training only."""
     seen = []
     monkeypatch.setattr("retina_plugin.engine.trainer.prepare_model", lambda m, **o: seen.append(o))
     Trainer.build_model(tiny_cfg)
     tiny_cfg.MODEL.CHANNELS_LAST = tiny_cfg.MODEL.COMPILE = True
-    tiny_cfg.MODEL.ACTIVATION_CHECKPOINTING, tiny_cfg.INPUT.PAD_DIVISOR = True, 64
+    tiny_cfg.MODEL.ACTIVATION_CHECKPOINTING = True
     Trainer(tiny_cfg)
-    names = ("channels_last", "compile_parts", "pad_divisor")
     assert seen == [
-        dict(zip(names, (False, False, 0))),
-        dict(zip(names, (True, True, 64))),
+        {"channels_last": False, "compile_parts": False},
+        {"channels_last": True, "compile_parts": True},
         {"activation_checkpointing": True},
     ]
 
 
-def test_evaluation_has_no_limits_of_training(tiny_cfg):
-    """Batch norm, compiled and recomputed, cannot be trained, but it can be evaluated."""
+def test_compiled_and_checkpointed_batch_norm_can_be_evaluated(tiny_cfg):
+    """The same keys raise in a training."""
     assert tiny_cfg.MODEL.RESNETS.NORM == "BN"
     tiny_cfg.MODEL.COMPILE = tiny_cfg.MODEL.ACTIVATION_CHECKPOINTING = True
     Trainer.build_model(tiny_cfg)
@@ -433,11 +374,104 @@ def test_evaluation_has_no_limits_of_training(tiny_cfg):
         Trainer(tiny_cfg)
 
 
-def test_options_may_come_one_after_the_other(detector):
-    """Checkpointing of a compiled model: the plain model's losses and gradients."""
-    plain, model = detector(), detector(compile_parts=True, compile_backend="eager", pad_divisor=32)
+def test_second_call_adds_options(detector):
+    """Checkpointing a compiled model keeps its losses and gradients."""
+    plain, model = detector(), detector(compile_parts=True, compile_backend="eager")
     prepare_model(model, activation_checkpointing=True)
     losses, gradients = step(model, batch())
     expected_losses, expected_gradients = step(plain, batch())
     assert_same(losses, expected_losses, FLOAT32)
     assert_same(gradients, expected_gradients, FLOAT32)
+
+
+class Probe(nn.Module):
+    """Records the type of a convolution's output, and the training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1)
+        self.seen = []
+
+    def forward(self, inputs):
+        self.seen.append((self.conv(torch.rand(1, 1, 2, 2)).dtype, self.training))
+        return inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_ends_with_the_forward_pass(dtype):
+    """The training mode of the wrapper is the model's."""
+    probe = Probe()
+    model = Autocast(probe, "cpu", dtype)
+    assert model([1]) == [1] and model.training
+    assert model.eval()([2]) == [2] and not Autocast(probe, "cpu", dtype).training
+    assert probe.seen == [(dtype, True), (dtype, False)]
+    assert probe.conv(torch.rand(1, 1, 2, 2)).dtype == torch.float32
+
+
+def test_float32_keeps_a_callers_autocast():
+    """It does not switch autocast off."""
+    probe = Probe().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        Autocast(probe, "cpu", torch.float32)([1])
+    assert probe.seen == [(torch.bfloat16, False)]
+
+
+@pytest.fixture
+def evaluated(tiny_cfg, monkeypatch):
+    """``evaluated(precision)``: the types in model and evaluator of ``Trainer.test``.
+
+    The picture of detections is drawn too.
+    """
+
+    class Evaluator(DatasetEvaluator):
+        def process(self, inputs, outputs):
+            # float32 whatever TEST.PRECISION is, because autocast has ended
+            seen["evaluator"] = (torch.rand(2, 2) @ torch.rand(2, 2)).dtype
+            seen["detections"] = outputs[0]["instances"]
+
+        def evaluate(self):
+            return {}
+
+    seen = {}
+    monkeypatch.setattr(Trainer, "build_evaluator", classmethod(lambda cls, cfg, name: Evaluator()))
+
+    def run(precision, channels_last=False):
+        tiny_cfg.TEST.PRECISION, tiny_cfg.MODEL.CHANNELS_LAST = precision, channels_last
+        tiny_cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
+        torch.manual_seed(0)
+        model = Trainer.build_model(tiny_cfg)
+        nn.init.normal_(model.head.cls_score.weight, 0, 0.05)
+        dtypes = seen["model"] = []
+        model.head.cls_score.register_forward_hook(lambda m, args, out: dtypes.append(out.dtype))
+        Trainer.test(tiny_cfg, model)
+        images = len(dtypes)
+        report.draw_detections(tiny_cfg, model, tiny_cfg.OUTPUT_DIR + "sheet.png", num_images=1)
+        assert len(dtypes) > images > 0 and model.training
+        return dict(seen)
+
+    return run
+
+
+def test_evaluation_in_bfloat16(evaluated):
+    """Boxes stay float32, and scores are close."""
+    plain, found = evaluated("float32"), evaluated("bfloat16", channels_last=True)
+    assert set(plain["model"]) == {torch.float32} and set(found["model"]) == {torch.bfloat16}
+    assert plain["evaluator"] == found["evaluator"] == torch.float32
+    ours, theirs = found["detections"], plain["detections"]
+    assert ours.pred_boxes.tensor.dtype == torch.float32
+    number = min(len(ours), len(theirs))
+    assert number > 20
+    # Scores decrease; which of two equal ones comes first may differ.
+    torch.testing.assert_close(
+        ours.scores[:number].float(), theirs.scores[:number], atol=0.01, rtol=0.05
+    )
+
+
+def test_types_of_the_precisions(tiny_cfg):
+    """float32 and no autocast by default."""
+    assert inference_dtype(tiny_cfg) == torch.float32
+    assert training_dtype(tiny_cfg) is None
+    tiny_cfg.SOLVER.AMP.ENABLED = True
+    assert training_dtype(tiny_cfg) == torch.float16
+    tiny_cfg.SOLVER.AMP.PRECISION = tiny_cfg.TEST.PRECISION = "bfloat16"
+    assert training_dtype(tiny_cfg) == inference_dtype(tiny_cfg) == torch.bfloat16
