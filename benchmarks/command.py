@@ -24,7 +24,7 @@ from benchmarks.machine import describe_machine, keep_heap
 from benchmarks.report import draw, draw_figure2, read_results, table, write_results
 from retina_plugin.errors import ConfigError
 
-__all__ = ["STAGES", "main"]
+__all__ = ["STAGES", "argument_parser", "main"]
 
 # Name of the stage -> function of the device that yields the stage's cases.
 STAGES: dict[str, Callable[[str], Iterator[Case]]] = {
@@ -39,14 +39,14 @@ STAGES: dict[str, Callable[[str], Iterator[Case]]] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
+    args = argument_parser().parse_args(argv)
     try:
         _run(args)
     except ConfigError as error:
         sys.exit(f"error: {error}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=(__doc__ or "").split("\n\n")[0],

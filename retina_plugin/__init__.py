@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError(
         "Detectron2 is missing: run `make setup` in the checkout, or install it as the README "
-        "says under 'Installing'",
+        "says under 'Install'",
         name="detectron2",
     ) from None
 

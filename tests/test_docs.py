@@ -21,6 +21,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
+from benchmarks import command as benchmarks
 from retina_plugin.cli import COMMANDS
 from retina_plugin.cli import main as retina
 from retina_plugin.engine import argument_parser, check_config, setup_cfg
@@ -89,7 +90,15 @@ def model_zoo_file(name):
     cfg.MODEL.DEVICE = "cpu"
     torch.manual_seed(0)
     model = build_model(cfg)
-    torch.nn.init.constant_(model.head.cls_score.bias, -2.0)  # so that something is detected
+    # A random network gives every anchor nearly the same score. Spread the scores, or their order
+    # is a matter of rounding.
+    model.head.cls_score.bias.data.fill_(-2.0)
+    with torch.no_grad():
+        image = torch.as_tensor(cv2.imread("street.jpg").transpose(2, 0, 1))
+        features = model.backbone(model.preprocess_image([{"image": image}]).tensor)
+        logits, deltas = model.head([features[name] for name in model.head_in_features])
+        for outputs, layer in ((logits, model.head.cls_score), (deltas, model.head.bbox_pred)):
+            layer.weight.mul_(0.5 / torch.cat([x.flatten() for x in outputs]).std())
     weights = {k: v.numpy() for k, v in model.state_dict().items()}
     path = Path("model_final_zoo.pkl")
     path.write_bytes(pickle.dumps({"model": weights, "__author__": "Detectron2 Model Zoo"}))
@@ -119,7 +128,7 @@ def try_command(command):
             check_config(cfg)
     elif words[:2] == ["python", "-m"] and words[2] == "benchmarks":
         assert command in PARSED_ONLY
-        importlib.import_module("benchmarks.__main__").arguments().parse_args(words[3:])
+        benchmarks.argument_parser().parse_args(words[3:])
     elif words[:2] == ["python", "-m"]:
         dry = [] if "--dry-run" in words else ["--dry-run"]
         assert not dry or command in PARSED_ONLY

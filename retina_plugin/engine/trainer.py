@@ -20,6 +20,7 @@ from torch import nn
 
 from retina_plugin.data import DATASET_MAPPER_REGISTRY
 from retina_plugin.evaluation import EVALUATOR_REGISTRY
+from retina_plugin.modeling.detector import LOG_PERIOD
 from retina_plugin.modeling.normalizer import LossNormalizer
 
 from .checks import check_batch_size, check_num_classes, check_precision
@@ -29,7 +30,6 @@ from .step import StepTrainer
 
 __all__ = ["Trainer"]
 
-_LOG_PERIOD = 20  # iterations between two writes of DefaultTrainer's writers
 _NO_EVALUATION: Mapping[str, Any] = {}
 
 
@@ -80,7 +80,7 @@ class Trainer(DefaultTrainer):
             passes=cfg.SOLVER.ACCUMULATE,
             precision=precision,
             # Copying the losses synchronises with the GPU: there as rarely as they are written.
-            log_period=1 if cfg.MODEL.DEVICE == "cpu" else _LOG_PERIOD,
+            log_period=1 if cfg.MODEL.DEVICE == "cpu" else LOG_PERIOD,
             grad_scaler=torch.amp.GradScaler(device_type) if precision == torch.float16 else None,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
