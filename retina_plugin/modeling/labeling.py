@@ -62,7 +62,7 @@ class AnchorLabeler:
         Raises:
             ConfigError: a class is outside [0, K), so ``NUM_CLASSES`` does not fit the dataset (on
                 a GPU a device-side assertion); ``IGNORE_IOF_THRESH`` is set and an image has no
-                ``gt_iscrowd``.
+                ``gt_iscrowd``; a matcher of your own gives Detectron2's labels (found on the CPU).
         """
         shape = (len(gt_instances), len(anchors_R4))
         label_NR = torch.empty(shape, dtype=torch.int16, device=anchors_R4.device)
@@ -72,6 +72,7 @@ class AnchorLabeler:
             gt_boxes_G4, classes_G, crowds_C4 = self._split_crowds(instances)
             self._check_classes(classes_G)
             gt_R, label_R = self.matcher(gt_boxes_G4, anchors_R4)
+            self._check_matches(label_R)
             # the index only matters for positives; clamp the rest into range
             gt_R = gt_R.long().clamp(0, max(len(gt_boxes_G4) - 1, 0))
             if len(gt_boxes_G4):
@@ -109,6 +110,14 @@ class AnchorLabeler:
             )
         )
         return boxes[objects], classes[objects], boxes[crowds]
+
+    def _check_matches(self, label_R: Tensor) -> None:
+        """Find a matcher with Detectron2's labels, whose 0 is background and not a match."""
+        if label_R.device.type == "cpu" and label_R.numel() and int(label_R.max()) > 0:
+            raise ConfigError(
+                f"the matcher gives label {int(label_R.max())}: return 0 for a matched anchor, "
+                f"{BACKGROUND} (BACKGROUND) or {IGNORED} (IGNORED)"
+            )
 
     def _check_classes(self, classes_G: Tensor) -> None:
         inside = ((classes_G >= 0) & (classes_G < self.num_classes)).all()

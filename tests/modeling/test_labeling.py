@@ -150,6 +150,16 @@ def test_a_matcher_of_your_own_sees_only_objects():
     assert [boxes.tolist() for boxes in seen] == [boxes.tolist() for boxes in BOXES]
 
 
+def test_matcher_with_detectron2s_labels_raises():
+    """Its 1 is a match and its 0 background; read as ours, every anchor would be positive."""
+
+    def detectron2s(gt_boxes_G4, anchors_R4):
+        return torch.zeros(len(anchors_R4), dtype=torch.int64), torch.tensor([1, 0, -1, 0])
+
+    with pytest.raises(ConfigError, match="the matcher gives label 1: return 0 for a matched"):
+        AnchorLabeler(detectron2s, 4)(ANCHORS, ground_truth(BOXES[:1], CLASSES[:1]))
+
+
 def test_iscrowd_may_be_integers_as_in_coco():
     (instances,) = ground_truth(BOXES[:1], CLASSES[:1], [ANCHORS[:1]])
     instances.gt_iscrowd = instances.gt_iscrowd.long()
