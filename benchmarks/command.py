@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{option} {getattr(args, option)}: give 1 or more")
     torch.set_num_threads(args.threads)
     os.environ["RAYON_NUM_THREADS"] = str(args.threads)  # hotcoco's threads, read at first use
-    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler would log each start and stop
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # otherwise the profiler logs each start and stop
     heap_kept = not args.default_malloc and keep_heap()
     machine = describe_machine(args.device, args.threads, heap_kept)
     stages = [stage for stage in STAGES if stage in args.stage or "all" in args.stage]

@@ -85,7 +85,7 @@ def _torchvision_model() -> torchvision_retinanet.RetinaNet:
 
 
 def _same_detections(results: dict[str, Any]) -> str:
-    """Ours and torchvision's against Detectron2's.
+    """Check our detections and torchvision's against Detectron2's; how far they agree.
 
     On one thread ours are equal to the bit. On several, torch splits tensors of different shapes at
     different places, and its vectorised sigmoid differs from the scalar one, which it uses for the

@@ -12,7 +12,7 @@ PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = """\
 # Configuration
 
-What can I set in YAML, what does it do, and where does the paper speak of it?
+What can I set in YAML, what does it do, and which section of the paper describes it?
 
 This page is generated from `retina_plugin/config.py` by `make docs`. Every key can stand in a YAML
 file or as `KEY VALUE` at the end of a command. `retina diff A.yaml B.yaml` shows which keys differ
@@ -50,7 +50,7 @@ others.
 """
 
 DETECTRON2 = """\
-## Detectron2's keys that the paper speaks of
+## Detectron2's keys that the paper describes
 
 Name and meaning are Detectron2's; `configs/` sets the paper's values. All other keys of Detectron2
 work as they do there.

@@ -134,7 +134,8 @@ def run_key(settings: dict[str, Any], extra: Sequence[str], seed: int) -> str:
 def plain_value(value: Any) -> Any:
     """A setting in a form in which equal settings are equal.
 
-    2 and 2.0 become the same, so do a list and a tuple, and numbers that agree in ten digits.
+    2, 2.0 and "2" become the same. So do a list and a tuple, and numbers that agree in the first
+    ten significant digits.
     """
     if isinstance(value, dict):
         return {key: plain_value(v) for key, v in value.items()}

@@ -35,7 +35,7 @@ class Key:
         meaning: what it does, in plain text; units in brackets.
         default: its default, for a key that the plugin adds.
         choices: every value that it accepts, if these are a fixed list of names.
-        section: where the paper speaks of it, e.g. "3.2, Table 1b"; "" if it does not.
+        section: of the paper that describes it, e.g. "3.2, Table 1b"; "" if none does.
     """
 
     meaning: str
@@ -190,7 +190,7 @@ KEYS: dict[str, Key] = {
     ),
 }
 
-# Detectron2's keys that the paper speaks of. Name and meaning are Detectron2's.
+# Detectron2's keys that the paper describes. Name and meaning are Detectron2's.
 DETECTRON2_KEYS: dict[str, Key] = {
     "DATASETS.TEST": Key("Datasets to evaluate on.", section="5"),
     "DATASETS.TRAIN": Key("Datasets to train on.", section="5"),
@@ -289,7 +289,7 @@ REMOVED_KEYS: dict[str, str] = {
 
 
 def section_of(key: str) -> str:
-    """Where the paper speaks of a key; "" if it does not."""
+    """The section of the paper that describes a key, e.g. "3.2, Table 1b"; "" if none does."""
     known = KEYS.get(key) or DETECTRON2_KEYS.get(key)
     return known.section if known else ""
 

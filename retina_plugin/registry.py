@@ -16,8 +16,8 @@ __all__ = ["ComponentRegistry"]
 class ComponentRegistry(Registry):
     """A Detectron2 registry whose entries are chosen by one config key.
 
-    An entry is a class with ``from_config(cfg, *args) -> dict`` of its constructor's arguments, as
-    in Detectron2's ``@configurable``. So every component can also be built without a config.
+    Entries are classes with a class method ``from_config(cfg, *args)``, which returns the
+    constructor's arguments as a dict. A component can also be built directly, without a config.
 
     Args:
         key: the config key, e.g. "MODEL.RETINANET.CLS_LOSS".

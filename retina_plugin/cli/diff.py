@@ -1,5 +1,4 @@
-"""``retina diff A.yaml B.yaml``: which keys differ between two configs, and where the paper
-speaks of them.
+"""``retina diff A.yaml B.yaml``: which keys differ between two configs, with the paper's sections.
 
 Both are resolved as ``retina train`` does it: defaults, ``_BASE_``, the file. ``OUTPUT_DIR``, which
 follows the file's name, is left out.
@@ -118,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="retina diff",
-        description="Show which keys of two configs differ, and where the paper speaks of them.",
+        description="Show which keys of two configs differ, and the paper's section for each.",
     )
     parser.add_argument("a", metavar="A.yaml", help="a file or one of the paper's configs")
     parser.add_argument("b", metavar="B.yaml")

@@ -1,7 +1,8 @@
 """``retina train --config-file X``: train or evaluate, on the CPU, one GPU, many GPUs or machines.
 
 ``--eval-only`` evaluates ``MODEL.WEIGHTS``. ``--resume`` continues from the last checkpoint of
-``OUTPUT_DIR``. ``KEY VALUE`` pairs at the end override the config. ``torchrun`` works too.
+``OUTPUT_DIR``, or evaluates it. ``KEY VALUE`` pairs at the end override the config. ``torchrun``
+works too.
 """
 
 from __future__ import annotations

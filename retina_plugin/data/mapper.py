@@ -24,7 +24,7 @@ __all__ = ["DATASET_MAPPER_REGISTRY", "DatasetMapper", "FastMapper"]
 # Entries are callables from record to record, with from_config(cfg, is_train).
 DATASET_MAPPER_REGISTRY = ComponentRegistry("INPUT.MAPPER")
 
-# What Detectron2's mapper reads and FastMapper does not.
+# Keys of MODEL that ask for data which Detectron2's mapper reads and FastMapper cannot.
 _UNSUPPORTED = ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS")
 
 logger = logging.getLogger("retina_plugin")
@@ -122,7 +122,7 @@ class FastMapper:
             ConfigError: the image is missing or cannot be read.
             SizeMismatchError: the image's size is not the record's (raised by Detectron2).
         """
-        # annotations are not copied: with polygons this would take longer than their boxes
+        # Not copied: a deep copy of polygons takes longer than everything done with the boxes.
         annotations = dataset_dict.get("annotations")
         record = copy.deepcopy({k: v for k, v in dataset_dict.items() if k != "annotations"})
         image = read_image(record["file_name"], self.image_format)
@@ -186,6 +186,6 @@ class _AugInput(T.AugInput):
     """Detectron2's ``AugInput``, which resizes with :class:`FastResize`."""
 
     def transform(self, tfm: T.Transform) -> None:
-        if type(tfm) is T.ResizeTransform:  # a subclass may do something else
+        if type(tfm) is T.ResizeTransform:  # not a subclass, which may override it
             tfm = FastResize(tfm.h, tfm.w, tfm.new_h, tfm.new_w, tfm.interp)
         super().transform(tfm)

@@ -224,19 +224,19 @@ def check_devices(cfg: CfgNode, num_gpus: int | None, eval_only: bool = False) -
 
 
 def check_precision(cfg: CfgNode, eval_only: bool = False) -> None:
-    """``TEST.PRECISION`` and, for a training, ``SOLVER.AMP.PRECISION`` exist on the device."""
+    """Check ``TEST.PRECISION`` and, for a training, ``SOLVER.AMP.PRECISION`` on this device."""
     precisions = {"TEST.PRECISION": cfg.TEST.PRECISION}
     if cfg.SOLVER.AMP.ENABLED and not eval_only:
         precisions["SOLVER.AMP.PRECISION"] = cfg.SOLVER.AMP.PRECISION
     for key, name in precisions.items():
         check_choice(key, name, KEYS[key].choices)
-        # On the CPU float16 is slower than float32.
+        # float16 works on the CPU, but it is slower than float32 there.
         if name == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
             raise ConfigError(f"{key} float16 needs a GPU: set {key} bfloat16")
 
 
 def check_compiler(device_type: str) -> None:
-    """``torch.compile`` has what it needs: a C++ compiler ("cpu") or Triton ("cuda")."""
+    """Check that ``torch.compile`` has a C++ compiler ("cpu") or Triton ("cuda")."""
     if device_type == "cpu":
         # The compiler that PyTorch looks for.
         name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")

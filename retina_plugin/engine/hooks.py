@@ -147,7 +147,7 @@ class Progress(HookBase):
 
 
 def _describe(trainer: Any, cfg: CfgNode) -> list[tuple[str, str]]:
-    """What is trained on what, for how long, and where its files go: (title, text)."""
+    """The lines of the start-up summary, as (title, text)."""
     model: nn.Module = getattr(trainer.model, "module", trainer.model)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     text = f"{type(model).__name__}, {parameters / 1e6:.1f} million trainable parameters"
@@ -186,7 +186,7 @@ def _num_images(loader: Any) -> int | None:
 
 
 def _round_period(iterations: int) -> int:
-    """1, 2, 5, 10, 20, 50, ...: the first that gives at most ``_MAX_LINES`` lines."""
+    """The smallest of 1, 2, 5, 10, 20, 50, ... with at most ``_MAX_LINES`` periods."""
     period = 1
     while period * _MAX_LINES < iterations:
         period = period * 5 // 2 if str(period).startswith("2") else period * 2

@@ -62,7 +62,7 @@ class Autocast(nn.Module):
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """What the detector returns."""
         if self.dtype == torch.float32:
-            return self.model(batched_inputs)  # keeps an autocast that the caller has entered
+            return self.model(batched_inputs)  # an autocast that the caller has entered stays
         with torch.autocast(self.device_type, self.dtype):
             return self.model(batched_inputs)
 
@@ -135,9 +135,9 @@ def checkpoint_activations(backbone: nn.Module, head: nn.Module) -> None:
     ``nn.Sequential`` is checkpointed as a whole.
 
     Gradients equal those of the plain model to the bit if its operations are deterministic. The
-    second computation draws the same random numbers, does not update the running statistics of
-    batch norm, and starts ``CycleBatchNormList``, which has one norm for each level, at the same
-    level.
+    recomputation draws the same random numbers. It does not update the running statistics of batch
+    norm. ``CycleBatchNormList`` has a norm for each level and a counter of the next one; the
+    recomputation starts with the counter's value of the first computation.
     """
     blocks: list[nn.Module] = [
         m
@@ -184,7 +184,7 @@ class _RestoredNorms:
             # The batch is still normalised by its own statistics, and the running ones stay.
             self._set(norm, "momentum", 0.0)
             if norm.num_batches_tracked is not None:
-                # The second computation counts in a copy, which is thrown away.
+                # The recomputation increments a copy of the counter.
                 self._set(norm, "num_batches_tracked", norm.num_batches_tracked.clone())
         for cycle, position in self._cycles:
             self._set(cycle, "_pos", position)

@@ -21,7 +21,7 @@ __all__ = ["LossLog", "StepTrainer"]
 
 
 class StepTrainer(SimpleTrainer):
-    """Detectron2's ``SimpleTrainer`` with 16-bit precision on any device and with accumulation.
+    """Detectron2's ``SimpleTrainer`` with autocast on any device and gradient accumulation.
 
     ``AMPTrainer`` needs CUDA; neither of Detectron2's trainers accumulates gradients, and both
     synchronise with the GPU in every iteration to log the losses.

@@ -93,7 +93,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def run_step(self) -> None:
-        """Detectron2's; it also tells the step which iteration is the last."""
+        """Detectron2's. The inner trainer is told ``max_iter``: it writes its last losses then."""
         self._trainer.max_iter = self.max_iter
         super().run_step()
 
@@ -129,7 +129,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Detectron2's loader of this process's share of each batch, with the config's mapper."""
+        """Detectron2's training loader with the mapper that the config names.
+
+        It gives this process's part of each batch.
+        """
         mapper = DATASET_MAPPER_REGISTRY.build(cfg, True)
         loader = build_detection_train_loader(cfg, mapper=mapper)
         check_num_classes(cfg)  # again: a COCO file tells its classes when it is loaded
@@ -137,7 +140,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Detectron2's loader of this process's share of a test set, with the config's mapper."""
+        """Detectron2's test loader with the mapper that the config names.
+
+        It gives this process's part of the dataset.
+        """
         mapper = DATASET_MAPPER_REGISTRY.build(cfg, False)
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         check_num_classes(cfg)

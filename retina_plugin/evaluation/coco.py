@@ -38,7 +38,7 @@ hotcoco = optional_import("hotcoco")  # of the extra "fast"
 
 @EVALUATOR_REGISTRY.register()
 class COCOEvaluator(Detectron2COCOEvaluator):
-    """Detectron2's COCO evaluator: AP over IoU .50:.95, AP50, AP75, APs, APm, APl, AP of a class.
+    """Detectron2's COCO evaluator: AP (IoU .50:.95), AP50, AP75, APs, APm, APl, per-class AP.
 
     It also writes ``coco_instances_results.json``, the file that the COCO server takes. For a
     dataset without annotations, such as test-dev, that file is the only result.
@@ -137,8 +137,8 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
     def evaluate(self, img_ids: Sequence[int] | None = None) -> dict[str, dict[str, float]]:
         """{"bbox": {"AP": ..., "AP50": ..., "AP-class": ...}} in percent, as Detectron2 returns it.
 
-        Empty on all processes but the first, for a dataset without annotations, and if no image was
-        processed. All metrics are NaN if nothing was detected.
+        The result is empty on every process but the first. It is also empty if the dataset has no
+        annotations or if no image was processed. All metrics are NaN if nothing was detected.
 
         Args:
             img_ids: ids of the images to evaluate; None for all.

@@ -99,14 +99,14 @@ class ClassificationLoss:
 
     @property
     def positive_weight(self) -> float | Tensor:
-        """alpha_t of the entries with label 1: a number, or (K,) by class."""
+        """alpha_t of the entries with label 1: a number, or (K,), one for each class."""
         if self.alpha is None:
             return 1.0
         return torch.tensor(self.alpha) if isinstance(self.alpha, Sequence) else self.alpha
 
     @property
     def negative_weight(self) -> float | Tensor:
-        """alpha_t of the entries with label 0: a number, or (K,) by class."""
+        """alpha_t of the entries with label 0: a number, or (K,), one for each class."""
         return 1.0 if self.alpha is None else 1.0 - self.positive_weight
 
     def value(self, x_t: Tensor) -> Tensor:

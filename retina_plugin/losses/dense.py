@@ -1,15 +1,16 @@
 """The sum of a classification loss over every anchor of a batch.
 
-Almost every anchor is background, so with l the elementwise loss and w the alpha weights
+Let l be the elementwise loss, and w_neg and w_pos the alpha weights of the labels 0 and 1. A
+positive anchor has label 1 for the class of its box and label 0 for all other classes. The loss is
 
-    sum of loss = sum over all (anchor, class) that are neither positive nor ignored of w_neg l(-x)
-                + sum over positives of w_pos l(x)
+    sum of w_neg l(-x) over the entries with label 0, of anchors that are not ignored
+    + sum of w_pos l(x) over the entries with label 1
 
-is one pass over the raw head output, without a one-hot target, a permute or a concatenation of
-levels; the labels are one small integer for each anchor. The derivative has a closed form
-(Appendix B), so the forward pass writes the gradient and saves nothing else: the extra memory is 1x
-the logits, or nothing if the gradient replaces them. A backend does the pass over a level, see
-:mod:`retina_plugin.losses.backends`.
+Almost every entry has label 0. So one pass over the raw head output computes the first sum, without
+a one-hot target, a permute or a concatenation of levels; the labels are one small integer for each
+anchor. The derivative has a closed form (Appendix B), so the forward pass writes the gradient and
+saves nothing else: the extra memory is 1x the logits, or nothing if the gradient replaces them. A
+backend does the pass over a level, see :mod:`retina_plugin.losses.backends`.
 """
 
 from __future__ import annotations

@@ -71,6 +71,8 @@ class BoxLoss:
 class SmoothL1(BoxLoss):
     """Smooth L1, summed over the four deltas: .5 d^2 / beta if |d| < beta, else |d| - .5 beta.
 
+    d is the predicted minus the target delta.
+
     Args:
         beta: where the parabola ends (``SMOOTH_L1_LOSS_BETA``); 0 is L1. The paper says "the
             standard smooth L1 loss" (beta 1 in Fast R-CNN, [10]); Detectron has .11.

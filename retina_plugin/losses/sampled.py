@@ -33,7 +33,8 @@ def sampled_classification_loss(
         loss: the elementwise loss and its alpha.
 
     Returns:
-        The same sums as :func:`~retina_plugin.losses.dense_classification_loss`.
+        As :func:`~retina_plugin.losses.dense_classification_loss`, but summed over the chosen
+        anchors only.
     """
     image, anchor = targets.positive_image, targets.positive_anchor
     x_SK = logits_SK.to(compute_dtype(logits_SK))

@@ -46,7 +46,7 @@ class DenseTargets:
     def label_maps(self, logits: Sequence[Tensor], num_classes: int) -> Iterator[LabelMap]:
         """The labels of each level in the shape and the memory layout of its logits.
 
-        This is where the memory layout of a level is decided, for every backend.
+        Whether a level is channels_last is read from its logits here, once, for every backend.
 
         Args:
             logits: per level (N, A*K, H, W).

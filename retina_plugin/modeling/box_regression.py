@@ -33,7 +33,7 @@ class BoxTransform(Box2BoxTransform):
 
 
 def encode(anchors_P4: Tensor, boxes_P4: Tensor, weights: Sequence[float]) -> Tensor:
-    """(P, 4) deltas by the operations of ``Box2BoxTransform.get_deltas``, in the same order.
+    """(P, 4) deltas. Operations and order are those of ``Box2BoxTransform.get_deltas``.
 
     For an anchor with centre (ax, ay) and size (aw, ah) and a box (x, y, w, h) they are ::
 
@@ -61,7 +61,7 @@ def box_loss_sums(
 ) -> Tensor:
     """Sum a box loss over the positive anchors of each image.
 
-    On a GPU, smooth L1 and L1 do not synchronise. The other losses do.
+    On a GPU, elementwise losses (smooth L1, L1) do not synchronise. The IoU losses do.
 
     Args:
         box_loss: the loss of each anchor, see :class:`~retina_plugin.losses.BoxLoss`.

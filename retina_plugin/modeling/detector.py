@@ -71,7 +71,8 @@ class FocalRetinaNet(DenseDetector):
     Example:
         With ``cfg.MODEL.META_ARCHITECTURE = "FocalRetinaNet"``::
 
-            model = detectron2.modeling.build_model(cfg).eval()
+            model = detectron2.modeling.build_model(cfg).eval()  # random weights
+            DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
             image = torch.as_tensor(cv2.imread("a.jpg").transpose(2, 0, 1))  # (3, H, W), BGR
             instances = model([{"image": image}])[0]["instances"]
     """
@@ -111,7 +112,7 @@ class FocalRetinaNet(DenseDetector):
         self.inference = inference
         self.box2box_transform = box2box_transform
         self.num_classes = num_classes
-        # only the name: a machine that detects may lack the backend that trained the model
+        # Only that the name is known: inference needs no loss, so the backend may be missing here.
         check_backend(loss_backend, here=False)
         if loss_in_place and vis_period > 0:
             raise ConfigError(

@@ -90,7 +90,7 @@ class RetinaHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Sequence[ShapeSpec]) -> dict[str, Any]:
-        """Arguments from ``MODEL.RETINANET`` and the anchors of ``MODEL.ANCHOR_GENERATOR``.
+        """Arguments from ``MODEL.RETINANET``, A from the anchors of ``MODEL.ANCHOR_GENERATOR``.
 
         Raises:
             ConfigError: the levels have different numbers of anchors.

@@ -73,7 +73,8 @@ class AnchorLabeler:
             self._check_classes(classes_G)
             gt_R, label_R = self.matcher(gt_boxes_G4, anchors_R4)
             self._check_matches(label_R)
-            # the index only matters for positives; clamp the rest into range
+            # A matcher may give any index for an anchor that is not positive. Clamp it, because
+            # `classes_G[gt_R]` reads all of them.
             gt_R = gt_R.long().clamp(0, max(len(gt_boxes_G4) - 1, 0))
             if len(gt_boxes_G4):
                 label_NR[n] = torch.where(label_R >= 0, classes_G.short()[gt_R], label_R)

@@ -180,7 +180,7 @@ class _Anchors(NamedTuple):
         """
         x1, y1, x2, y2 = (c[:, None] for c in gt.corners_G4.unbind(dim=1))
         ax1, ay1, ax2, ay2 = self.corners_4R
-        # one clamp is enough: width is not negative then, so a negative height gives IoU <= 0
+        # Clamping the width is enough: with width >= 0, a negative height gives an IoU <= 0.
         width = torch.min(x2, ax2).sub_(torch.max(x1, ax1)).clamp_(min=0)
         height = torch.min(y2, ay2).sub_(torch.max(y1, ay1))
         intersection = width.mul_(height)
@@ -250,8 +250,8 @@ def _match_touching(gt: _Boxes, corners_4R: Tensor, promote: bool) -> list[_Matc
             highest_BG[b, index] = iou_gR.amax(dim=1)
         pieces[b].update(iou_gR, step_gt)
     if promote:
-        # A box's highest IoU is known only after all pieces: compute the few pieces that have it
-        # again.
+        # A box's highest IoU is known only after all pieces. The IoUs were not kept. Compute them
+        # again for the few pieces that contain the highest.
         highest_G = highest_BG.amax(dim=0)
         for b, index in _rows((highest_BG == highest_G) & (highest_G > 0), boxes_per_step):
             pieces[b].promote(pieces[b].iou(gt.take(index)), highest_G[index, None])

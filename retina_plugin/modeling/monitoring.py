@@ -49,7 +49,7 @@ def training_scalars(
 def first_image(
     images: ImageList, gt_instances: list[Instances], pixel_mean: Tensor, pixel_std: Tensor
 ) -> dict[str, Any]:
-    """Pixels (0 to 255) and objects of the first image, for ``visualize_training``."""
+    """Pixels (0 to 255) and objects, without crowds, of the first image."""
     instances = gt_instances[0].to("cpu")
     if instances.has("gt_iscrowd"):
         instances = instances[~instances.gt_iscrowd.bool()]

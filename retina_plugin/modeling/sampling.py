@@ -55,9 +55,9 @@ class OHEM:
     of the rest are chosen. With ``positive_fraction`` .25 ("OHEM 1:3", as in SSD) at most a quarter
     of them are positives, the hardest ones; the hardest negatives fill the batch.
 
-    The NMS takes the anchors in blocks, highest scores first, and stops when the batch is full.
-    Anchors of lower scores cannot change which of higher scores survive. So the result is that of
-    one NMS over all anchors, in bounded memory.
+    The NMS goes through the anchors in blocks, highest scores first, and stops when the batch is
+    full. An anchor can only be dropped by one with a higher score. So stopping early gives the
+    result of one NMS over all anchors, in bounded memory.
 
     Args:
         batch_size: anchors of an image that are chosen (``OHEM.BATCH_SIZE``; Table 1d: 128, 256,

@@ -1,7 +1,8 @@
 """The dense loss in plain PyTorch: any device, dtype, strides and loss.
 
-One pass over the raw head output, in pieces, takes every entry as background. The few entries that
-are not background are then corrected by index.
+The background is summed in one pass over the raw head output, in pieces. Positive and ignored
+entries are set to 0 in each piece. The loss and the gradient of the few positive entries are then
+computed separately, by index.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ def _low_piece_sums(
     weight: float,
     scale: float,
 ) -> list[Tensor] | None:
-    """:func:`_piece_sums` in half the time if no logit is high; None if one is.
+    """:func:`_piece_sums` in half the time; None if a logit is NaN or its sigmoid near 1.
 
     With q = 1 - p_t, log(p_t) = log1p(-q), and log1p takes half the time of softplus. It is not
     used for q near 1, where 1 - q has lost the digits of p_t.
@@ -225,7 +226,10 @@ def _low_piece_sums(
 
 
 def _steps(x: Tensor, channels_last: bool) -> tuple[int, int, int]:
-    """Anchors, positions and classes of (N, A, K, P) in a piece that is dense in memory."""
+    """How many anchors, positions and classes a piece has.
+
+    A piece is a slice of logits (N, A, K, H*W) that is contiguous in memory.
+    """
     _, A, K, P = x.shape
     size = _PIECE if x.device.type == "cpu" else _PIECE_ON_GPU
     if channels_last:  # a position holds all anchors

@@ -3,10 +3,11 @@
 It has never run on a GPU. The tests run it in Triton's interpreter and compile it for CUDA; the
 self-test in :mod:`.select` compares it with plain PyTorch before it is used.
 
-It reads the logits of a level once and writes their gradient once, in either memory layout. The
-arithmetic is float32 for every dtype of logits. A program owns a run of one image's memory and
-stores its partial sums, which are added in float64 in a fixed order: there are no atomics, and two
-runs agree to the bit. Nothing synchronises with the GPU.
+It reads the logits of a level once and writes their gradient once (a positive logit is read again).
+The logits may be contiguous or channels_last. The arithmetic is float32 for every dtype of logits.
+Each program handles one part of one image and stores its partial sums. These are added in float64
+in a fixed order, without atomics, so repeated calls give the same bits. The host never waits for
+the GPU.
 
 With ``TRITON_INTERPRET=1`` in the environment the same kernels run on the CPU, slowly, for tests.
 """
