@@ -123,9 +123,10 @@ def test_eval_only(config, out, tmp_path, capsys):
     weights = tmp_path / "weights.pth"
     shutil.copy(out / "model_final.pth", weights)
     expected = (out / RESULTS).read_text()
-    shutil.rmtree(out)
     capsys.readouterr()
-    run(config, "--eval-only", "MODEL.WEIGHTS", str(weights), "DATASETS.TRAIN", "('not_there',)")
+    out = tmp_path / "evaluation"
+    args = ("MODEL.WEIGHTS", str(weights), "DATASETS.TRAIN", "('not_there',)")
+    run(config, "--eval-only", *args, "OUTPUT_DIR", str(out))
     printed = capsys.readouterr().out
     assert TABLE.search(printed) and len(printed.splitlines()) <= 15
     assert f"Weights     {weights}" in printed
