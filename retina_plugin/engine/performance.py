@@ -85,8 +85,9 @@ def prepare_model(
         channels_last: images, weights and features in NHWC memory, which the 16-bit convolutions of
             oneDNN and cuDNN are fastest with.
         compile_parts: ``torch.compile`` backbone and head in place. Assignment and loss are not
-            compiled, because their shapes depend on the ground truth. The compiled code takes
-            images of any size, so a training on COCO compiles once.
+            compiled, because their shapes depend on the ground truth. The code is
+            compiled for images of any size, so a training on COCO compiles a few times, and not
+            once for each size.
         compile_backend: a backend of ``torch.compile``.
         activation_checkpointing: see :func:`checkpoint_activations`.
 
