@@ -110,6 +110,11 @@ def test_bases_merge_as_in_detectron2(repo, tmp_path):
         ({"a.yaml": "X: !!python/object/apply:os.system ['true']"}, "cannot read a.yaml"),
         ({"a.yaml": "MODEL: [\n"}, "cannot read a.yaml"),
         ({"a.yaml": "_BASE_: b.yaml\nX: {Y: 1}", "b.yaml": "X: 1"}, "X is a group of keys"),
+        ({"a.yaml": "MODEL: 3"}, "a.yaml: MODEL is a group of keys, got 3"),
+        ({"a.yaml": "MODEL: {RETINANET: [1]}"}, "MODEL.RETINANET is a group of keys, got [1]"),
+        ({"a.yaml": "MODEL: {3: 4}"}, "a.yaml: the key 3 is not a name"),
+        ({"a.yaml": "_BASE_: 3"}, "_BASE_ must be a file or a list of files, got 3"),
+        ({"a.yaml": "_BASE_: [3]"}, "_BASE_ must be a file or a list of files, got [3]"),
     ],
 )
 def test_unreadable_config_is_one_line(monkeypatch, tmp_path, files, said):

@@ -66,6 +66,7 @@ def setup_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
     default_output_dir = cfg.OUTPUT_DIR
     opts = list(opts or [])
     loaded = load_config(config_file)
+    _check_groups(loaded, cfg, config_file)
     _check_removed(flatten(loaded), config_file)
     _check_removed(opts[::2], "the overrides")
     try:
@@ -146,7 +147,27 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} is not a mapping of keys")
+    _check_keys(settings, path)
+    bases = settings.get("_BASE_", [])
+    if not isinstance(bases, (str, list)) or not all(isinstance(name, str) for name in bases):
+        raise ConfigError(f"{path}: _BASE_ must be a file or a list of files, got {bases}")
     return settings
+
+
+def _check_groups(settings: dict[str, Any], cfg: CfgNode, path: str, prefix: str = "") -> None:
+    for key, value in settings.items():
+        if isinstance(cfg.get(key), CfgNode):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{path}: {prefix}{key} is a group of keys, got {value!r}")
+            _check_groups(value, cfg[key], path, f"{prefix}{key}.")
+
+
+def _check_keys(settings: dict[Any, Any], path: str) -> None:
+    for key, value in settings.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: the key {key!r} is not a name")
+        if isinstance(value, dict):
+            _check_keys(value, path)
 
 
 def _merge(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
