@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = "$(VENV)/bin/python"
 SETUP = PYTHON="$(PYTHON)" requirements/setup.sh
-INSTALLED = $(VENV)/installed
+# Another interpreter is another stamp, so that setup.sh sees it and says what to do.
+INSTALLED := $(VENV)/installed-$(shell "$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint format test demo coverage docs lock test-latest clean
@@ -23,7 +24,7 @@ lint: setup ## ruff (lint and format), mypy, direction of imports
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	"$(VENV)/bin/lint-imports" --no-cache
+	$(RUN) -c "from importlinter.cli import lint_imports_command as c; c()" --no-cache
 
 format: setup ## let ruff rewrite what it can
 	$(RUN) -m ruff check --fix .

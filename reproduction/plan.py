@@ -23,6 +23,7 @@ MINI = checkout() / "reproduction" / "mini.yaml"
 _MINI_ANCHORS = 0.5  # the embedded digits are about half as large as COCO's objects
 # OHEM's loss is a mean over the anchors that it keeps, so it needs another learning rate than the
 # other rows. On digits_scenes_dev: AP 33.3 with .06, 39.2 with .12, 24.7 with .24 (OHEM 128 0.5).
+# A run of OHEM therefore logs that SOLVER.BASE_LR was changed without the batch: as intended.
 _MINI_OHEM_LR = 0.12
 
 

@@ -56,7 +56,7 @@ fi
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 ours=$(ls -d "$site"/sal_detectron2-*.dist-info 2>/dev/null || true)
 if "$venv/bin/python" -m pip -q show detectron2 >/dev/null 2>&1 ||
-    { [ -z "$ours" ] && "$venv/bin/python" -c 'import detectron2' 2>/dev/null; }; then
+    { [ -z "$ours" ] && "$venv/bin/python" -P -c 'import detectron2' 2>/dev/null; }; then
     say "keeping the Detectron2 that you installed"
 else
     staging=$(mktemp -d)
@@ -66,6 +66,8 @@ else
     # Left out: a binary for Python 3.10 and an old torch, which RetinaNet does not need, and a
     # folder `tools`, which would hide a `tools` of yours.
     rm -rf "$staging"/detectron2/_C.* "$site"/detectron2 "$site"/sal_detectron2-*.dist-info
-    mv "$staging"/detectron2 "$staging"/sal_detectron2-*.dist-info "$site"
+    # The dist-info first: without it, a package that an interrupted run left behind looks like yours.
+    mv "$staging"/sal_detectron2-*.dist-info "$site"
+    mv "$staging"/detectron2 "$site"
 fi
 say "done"

@@ -31,8 +31,9 @@ def lock(repo):
     return [Requirement(line) for line in stripped if line]
 
 
-def test_version_stands_in_both_places(project):
+def test_version_is_the_same_everywhere(project, repo):
     assert project["version"] == retina_plugin.__version__
+    assert f"\nversion: {project['version']}\n" in (repo / "CITATION.cff").read_text()
 
 
 def test_supported_pythons(project):

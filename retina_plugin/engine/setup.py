@@ -6,6 +6,7 @@ import argparse
 import copy
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.config.compat import guess_version
 from detectron2.engine import default_argument_parser
 from detectron2.utils.file_io import PathManager
 
@@ -29,6 +31,8 @@ __all__ = [
     "load_config",
     "setup_cfg",
 ]
+
+logger = logging.getLogger("retina_plugin")
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -69,6 +73,8 @@ def setup_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
     _check_groups(loaded, cfg, config_file)
     _check_removed(flatten(loaded), config_file)
     _check_removed(opts[::2], "the overrides")
+    if "VERSION" not in loaded:  # Detectron2 would name the temporary file below
+        loaded["VERSION"] = guess_version(CfgNode(loaded), config_file)
     try:
         # Detectron2 merges files only, and upgrades the keys of old versions while it does.
         with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +82,7 @@ def setup_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
             merged.write_text(yaml.safe_dump(loaded), encoding="utf-8")
             cfg.merge_from_file(str(merged), allow_unsafe=False)
         cfg.merge_from_list(opts)
-    except (KeyError, AssertionError, ValueError) as error:
+    except (KeyError, AssertionError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(_explain(error, cfg, config_file)) from None
     if default_output_dir == cfg.OUTPUT_DIR:
         cfg.OUTPUT_DIR = os.path.join("output", Path(config_file).stem)
@@ -112,9 +118,11 @@ def find_config(name: str, folder: str = "") -> str:
     Raises:
         ConfigError: there is no such file or config.
     """
+    if "://" in name:
+        return name
     path = os.path.join(folder, os.path.expanduser(name))
-    if "://" in name or PathManager.isfile(path):
-        return name if "://" in name else path
+    if "://" in path or PathManager.isfile(path):
+        return path if "://" in path else os.path.normpath(path)
     try:
         return get_config_file(name)
     except ConfigError as error:
@@ -130,7 +138,7 @@ def _base_and_own(path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], dic
     merged: dict[str, Any] = {}
     for name in [bases] if isinstance(bases, str) else bases:
         try:
-            base_path = os.path.normpath(find_config(name, os.path.dirname(path)))
+            base_path = find_config(name, os.path.dirname(path))
         except ConfigError as error:
             raise ConfigError(f"{path}: _BASE_: {error}") from None
         inherited, settings = _base_and_own(base_path, (*seen, path))
@@ -141,7 +149,12 @@ def _base_and_own(path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], dic
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         with PathManager.open(path, "r", encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
+            text = file.read()
+        settings = yaml.safe_load(text)
+    except yaml.constructor.ConstructorError:
+        # Detectron2's own RetinaNet config computes anchor sizes by a tag that runs Python code.
+        logger.warning("%s has YAML tags that run Python code: use it only if you trust it", path)
+        settings = yaml.unsafe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         # The error of the YAML parser has several lines.
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
@@ -184,9 +197,11 @@ def _merge(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_removed(keys: Iterable[str], where: str) -> None:
-    for key in keys:
-        if key in REMOVED_KEYS:
-            raise ConfigError(f"{where}: {key} no longer exists: {REMOVED_KEYS[key]}")
+    removed = [
+        f"{key} no longer exists: {REMOVED_KEYS[key]}" for key in keys if key in REMOVED_KEYS
+    ]
+    if removed:
+        raise ConfigError(f"{where}: {'; '.join(removed)}")
 
 
 def _explain(error: Exception, cfg: CfgNode, config_file: str) -> str:
@@ -216,8 +231,9 @@ def learning_rate_warning(config_file: str, cfg: CfgNode) -> str | None:
     for before, after, where in zip(solvers, solvers[1:], names):
         if not {"BASE_LR", "IMS_PER_BATCH"} <= before.keys():
             continue
-        old_rate, old_batch = before["BASE_LR"], before["IMS_PER_BATCH"]
-        rate, batch = after["BASE_LR"], after["IMS_PER_BATCH"]
+        # YAML reads 1e-2 as text.
+        old_rate, rate = float(before["BASE_LR"]), float(after["BASE_LR"])
+        old_batch, batch = int(before["IMS_PER_BATCH"]), int(after["IMS_PER_BATCH"])
         if (rate == old_rate) != (batch == old_batch):
             return (
                 f"SOLVER.BASE_LR {rate:g} with SOLVER.IMS_PER_BATCH {batch}: {where} has "

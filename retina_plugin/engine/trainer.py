@@ -20,7 +20,7 @@ from torch import nn
 
 from retina_plugin.data import DATASET_MAPPER_REGISTRY
 from retina_plugin.evaluation import EVALUATOR_REGISTRY
-from retina_plugin.modeling.detector import LOG_PERIOD
+from retina_plugin.modeling.monitoring import LOG_PERIOD
 from retina_plugin.modeling.normalizer import LossNormalizer
 
 from .checks import check_batch_size, check_num_classes, check_precision
@@ -70,6 +70,7 @@ class Trainer(DefaultTrainer):
         prepare_model(model, activation_checkpointing=cfg.MODEL.ACTIVATION_CHECKPOINTING)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        check_num_classes(cfg)  # again: a COCO file tells its classes when it is loaded
         # With device_ids, DistributedDataParallel would copy the images and synchronise each time.
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
         precision, device_type = training_dtype(cfg), torch.device(cfg.MODEL.DEVICE).type
@@ -134,9 +135,7 @@ class Trainer(DefaultTrainer):
         It gives this process's part of each batch.
         """
         mapper = DATASET_MAPPER_REGISTRY.build(cfg, True)
-        loader = build_detection_train_loader(cfg, mapper=mapper)
-        check_num_classes(cfg)  # again: a COCO file tells its classes when it is loaded
-        return loader
+        return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -161,6 +160,7 @@ class Trainer(DefaultTrainer):
         Returns:
             {"bbox": {"AP": ..., ...}}, or with several test sets such a dict for each name.
         """
+        check_precision(cfg, eval_only=True)
         device_type = torch.device(cfg.MODEL.DEVICE).type
         return super().test(cfg, Autocast(model, device_type, inference_dtype(cfg)), evaluators)
 

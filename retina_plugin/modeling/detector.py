@@ -35,7 +35,7 @@ from .normalizer import LossNormalizer
 from .sampling import ANCHOR_SAMPLER_REGISTRY
 from .transfer import to_device
 
-__all__ = ["LOG_PERIOD", "FocalRetinaNet"]
+__all__ = ["FocalRetinaNet"]
 
 
 @META_ARCH_REGISTRY.register()

@@ -177,6 +177,8 @@ def test_removed_key_raises(yaml_file, key, where):
         ("SOLVER: {IMS_PER_BATCH: 8, BASE_LR: 0.005}", [], None),
         ("SOLVER: {IMS_PER_BATCH: 8}", [], "the bases of "),
         ("SOLVER: {BASE_LR: 0.02}", [], "the bases of "),
+        ("SOLVER: {BASE_LR: 1e-2}", [], None),  # YAML reads it as text
+        ("SOLVER: {BASE_LR: 2e-2}", [], "the bases of "),
         (
             "SOLVER: {IMS_PER_BATCH: 8, BASE_LR: 0.005}",
             ["SOLVER.IMS_PER_BATCH", 4],

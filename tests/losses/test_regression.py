@@ -77,9 +77,11 @@ def test_user_box_loss_needs_only_a_call():
         def __call__(self, prediction_P4, target_P4):
             return (prediction_P4 - target_P4).abs().sum(dim=1) / 2
 
-    if "Half" not in BOX_LOSS_REGISTRY:
-        BOX_LOSS_REGISTRY.register(Half)
-    loss = build("Half")
+    BOX_LOSS_REGISTRY.register(Half)
+    try:
+        loss = build("Half")
+    finally:
+        del BOX_LOSS_REGISTRY._obj_map["Half"]  # fvcore has no other way
     assert loss.on == "deltas" and loss.from_config(None) == {}
     assert loss(torch.zeros(3, 4), torch.ones(3, 4)).tolist() == [2.0] * 3
 
