@@ -40,7 +40,6 @@ PARSED_ONLY = {
     "python train_net.py --config-file configs/retina_R101_800.yaml --num-gpus 8": "COCO, 8 GPUs",
     "python train_net.py --config-file configs/retina_R101_800.yaml --eval-only MODEL.WEIGHTS "
     "model.pth DATASETS.TEST \"('coco_2017_test-dev',)\"": "COCO",
-    "python train_net.py --config-file cars.yaml": "trains a ResNet-50; its config is checked",
     "python -m benchmarks": "takes minutes",
     "python -m benchmarks --stage loss --device cuda": "a GPU",
     "python -m reproduction.reproduce 1b --scale paper": "COCO, GPUs",
