@@ -82,8 +82,8 @@ def start_log(cfg: CfgNode, args: argparse.Namespace) -> None:
 def _import_cpp_extension() -> None:
     """Import it before ``default_setup`` does, without its line "No CUDA runtime is found".
 
-    It says so where nvcc is installed and there is no GPU: by a logger or by ``print``, as PyTorch's
-    version has it.
+    It says so where nvcc is installed and there is no GPU: by a logger or by ``print``, as
+    PyTorch's version has it.
     """
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
