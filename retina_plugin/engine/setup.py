@@ -90,7 +90,7 @@ def setup_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
     return cfg
 
 
-def load_config(config_file: str, folder: str = "") -> dict[str, Any]:
+def load_config(config_file: str) -> dict[str, Any]:
     """The settings of a YAML file, merged over those of its ``_BASE_``.
 
     ``_BASE_`` is a file, relative to the folder of the file that names it, or the name of one of
@@ -98,13 +98,12 @@ def load_config(config_file: str, folder: str = "") -> dict[str, Any]:
 
     Args:
         config_file: a file, or a name for :func:`retina_plugin.get_config_file`.
-        folder: a relative path is relative to it.
 
     Raises:
         ConfigError: there is no such file or config, it is not a YAML mapping, or its bases form a
             circle.
     """
-    base, own = _base_and_own(find_config(config_file, folder), ())
+    base, own = _base_and_own(find_config(config_file), ())
     return _merge(own, base)
 
 
@@ -118,11 +117,11 @@ def find_config(name: str, folder: str = "") -> str:
     Raises:
         ConfigError: there is no such file or config.
     """
-    if "://" in name:
-        return name
-    path = os.path.join(folder, os.path.expanduser(name))
-    if "://" in path or PathManager.isfile(path):
-        return path if "://" in path else os.path.normpath(path)
+    path = name if "://" in name else os.path.join(folder, os.path.expanduser(name))
+    if "://" in path:
+        return path
+    if PathManager.isfile(path):
+        return os.path.normpath(path)
     try:
         return get_config_file(name)
     except ConfigError as error:
