@@ -1,0 +1,1 @@
+"""Reading and writing weights and checkpoints, without running code from a file."""
