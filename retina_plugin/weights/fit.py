@@ -117,11 +117,11 @@ class Fit:
         """Raise a :class:`ConfigError` if a tensor was not loaded: an evaluation needs them all."""
         self.check_any()
         if self.classes is not None:
-            key, there, here = self.classes
+            key, theirs, ours = self.classes
             raise ConfigError(
-                f"{self.path} has a head of {there} classes ({key}), but MODEL.RETINANET."
-                f"NUM_CLASSES is {here}: set MODEL.RETINANET.NUM_CLASSES {there}, or MODEL.WEIGHTS "
-                f"to a checkpoint of {here} classes"
+                f"{self.path} has a head of {theirs} classes ({key}), but MODEL.RETINANET."
+                f"NUM_CLASSES is {ours}: set MODEL.RETINANET.NUM_CLASSES {theirs}, or MODEL.WEIGHTS "
+                f"to a checkpoint of {ours} classes"
             )
         if self.other_shape:
             name, there, here = self.other_shape[0]
@@ -146,14 +146,14 @@ def class_counts(
 
     ``cls_score`` has A*K channels and ``bbox_pred`` A*4, for A anchors a location and K classes.
     """
-    rows = {name: (there[0], here[0]) for name, there, here in other_shape if there and here}
-    for name, (rows_there, rows_here) in rows.items():
-        boxes = name.replace("cls_score", "bbox_pred")
-        if boxes == name or boxes in rows or boxes not in model:
+    rows = {key: (there[0], here[0]) for key, there, here in other_shape if there and here}
+    for key, (rows_there, rows_here) in rows.items():
+        boxes = key.replace("cls_score", "bbox_pred")
+        if boxes == key or boxes in rows or boxes not in model:
             continue
         anchors = len(model[boxes]) // 4
         if anchors and rows_there % anchors == rows_here % anchors == 0:
-            return name, rows_there // anchors, rows_here // anchors
+            return key, rows_there // anchors, rows_here // anchors
     return None
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 import torch
 
-__all__ = ["STAND_INS", "check_pickle", "load_pickle", "replace_stand_ins"]
+__all__ = ["STAND_INS", "Unpickler", "load_pickle", "make_dict", "replace_stand_ins"]
 
 _MAX_DEPTH = 50  # containers in containers; a checkpoint has about five
 _NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
@@ -83,7 +83,7 @@ def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> Array:
 
 
 def _scalar(dtype: Any, data: Any) -> np.generic:
-    return _to_array(data, dtype, (), "C")[()]
+    return _to_array(data, dtype, (), "C").reshape(1)[0]
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -97,7 +97,7 @@ def _bytes(data: Any = b"", encoding: str = "latin-1") -> bytes:
     return _encode(data, encoding) if isinstance(data, str) else bytes(memoryview(data))
 
 
-def _dict(items: Any = ()) -> dict:
+def make_dict(items: Any = ()) -> dict:
     made: dict = {}
     for key, value in items:
         _set_item(made, key, value)
@@ -126,7 +126,7 @@ def _parameter(data: Any, *_: Any) -> torch.Tensor:
 STAND_INS: dict[tuple[str, str], Callable] = {
     ("numpy", "ndarray"): Array,
     ("numpy", "dtype"): DType,
-    ("collections", "OrderedDict"): _dict,
+    ("collections", "OrderedDict"): make_dict,
     ("_codecs", "encode"): _encode,
     ("builtins", "bytearray"): _bytes,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
@@ -150,36 +150,14 @@ def load_pickle(data: bytes, load_storage: Callable[[bytes], torch.Tensor]) -> A
             that is not allowed.
     """
     functions = {**STAND_INS, ("torch.storage", "_load_from_bytes"): load_storage}
-    return replace_stand_ins(_Unpickler(io.BytesIO(data), functions.get).load())
-
-
-def check_pickle(file: BinaryIO, is_safe: Callable[[str, str], bool]) -> None:
-    """Read a pickle of ``torch.save`` without making its tensors, up to its end.
-
-    Args:
-        file: at the beginning of the pickle.
-        is_safe: whether a pickle may name something, by module and name.
-
-    Raises:
-        Exception: as :func:`load_pickle`.
-    """
-
-    def function(names: tuple[str, str]) -> Callable | None:
-        inert = _dict if names == ("collections", "OrderedDict") else _nothing
-        return inert if is_safe(*names) else None
-
-    replace_stand_ins(_TorchUnpickler(file, function).load())
-
-
-def _nothing(*_: Any) -> None:
-    return None
+    return replace_stand_ins(Unpickler(io.BytesIO(data), functions.get).load())
 
 
 # Its attributes are not in mypy's stubs.
-_PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+_PYTHON_UNPICKLER: Any = pickle._Unpickler
 
 
-class _Unpickler(_PythonUnpickler):
+class Unpickler(_PYTHON_UNPICKLER):
     """Python's own unpickler, in which only harmless instructions are left.
 
     The one in Python and not the faster one in C: its instructions can be taken away, and it gets
@@ -229,13 +207,13 @@ class _Unpickler(_PythonUnpickler):
 
     def load_dict(self) -> None:
         items = self.pop_mark()
-        self.append(_dict(zip(items[::2], items[1::2], strict=True)))
+        self.append(make_dict(zip(items[::2], items[1::2], strict=True)))
 
     def load_bytearray8(self) -> None:
         self.append(self.read(int.from_bytes(self.read(8), "little")))
 
     dispatch: ClassVar[dict[int, Callable]] = {
-        code: _PythonUnpickler.dispatch[code]
+        code: _PYTHON_UNPICKLER.dispatch[code]
         for name in (
             "PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 "
             "LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE "
@@ -251,22 +229,6 @@ class _Unpickler(_PythonUnpickler):
     dispatch[pickle.SETITEMS[0]] = load_setitems
     dispatch[pickle.DICT[0]] = load_dict
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
-
-
-class _TorchUnpickler(_Unpickler):
-    """Follows a pickle of ``torch.save``, whose tensors refer to memory elsewhere in the file."""
-
-    def load_reference(self) -> None:
-        self.stack[-1] = None
-
-    def load_build(self) -> None:
-        self.stack.pop()
-
-    dispatch: ClassVar[dict[int, Callable]] = _Unpickler.dispatch | {
-        pickle.BINPERSID[0]: load_reference,
-        pickle.BUILD[0]: load_build,
-        pickle.NEWOBJ[0]: _Unpickler.load_reduce,
-    }
 
 
 class _Function:
