@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -19,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from retina_plugin.data import DATASET_MAPPER_REGISTRY
+from retina_plugin.data.loader import build_train_loader
 from retina_plugin.evaluation import EVALUATOR_REGISTRY
 from retina_plugin.modeling.monitoring import LOG_PERIOD
 from retina_plugin.modeling.normalizer import LossNormalizer
@@ -130,12 +131,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Detectron2's training loader with the mapper that the config names.
+        """The training loader with the mapper that the config names.
 
-        It gives this process's part of each batch.
+        It gives this process's part of each batch, and can be resumed at any of them.
         """
-        mapper = DATASET_MAPPER_REGISTRY.build(cfg, True)
-        return build_detection_train_loader(cfg, mapper=mapper)
+        return build_train_loader(cfg, DATASET_MAPPER_REGISTRY.build(cfg, True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
