@@ -6,45 +6,27 @@ it again. Here indices are batched, and the images of a batch are read afterward
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-import random
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.data.build import _train_loader_from_config
 from detectron2.utils import comm
-from detectron2.utils.serialize import PicklableWrapper
 from PIL import ExifTags, Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from retina_plugin.errors import ConfigError
+from .samples import Sample, SampleReader, leave_signals_to_parent
 
-__all__ = ["ResumableLoader", "Sample", "build_train_loader"]
+__all__ = ["ResumableLoader", "build_train_loader"]
 
 logger = logging.getLogger("retina_plugin")
 
-_MAX_TRIES = 1000  # images to try in place of one for which the mapper returns None
 _TURNED = range(5, 9)  # values of EXIF's orientation that swap width and height
-
-
-class Sample(NamedTuple):
-    """One image of the training's stream.
-
-    Args:
-        position: in the stream of all processes, from 0. It seeds the image's augmentation.
-        index: of the record in the dataset.
-    """
-
-    position: int
-    index: int
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], Any]) -> Any:
@@ -101,7 +83,7 @@ class ResumableLoader:
         self,
         dataset: Sequence[dict[str, Any]] | Dataset,
         mapper: Callable[[dict[str, Any]], Any],
-        sampler: Sampler,
+        sampler: Any,
         *,
         batch_size: int,
         aspect_ratio_grouping: bool = True,
@@ -116,7 +98,7 @@ class ResumableLoader:
         self.aspect_ratio_grouping = aspect_ratio_grouping
         self.num_workers = num_workers
         seed = comm.shared_random_seed() if seed is None else seed
-        self._reader = _Reader(self.dataset, mapper, seed)
+        self._reader = SampleReader(self.dataset, mapper, seed)
         self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
         self._next = _Place(0, ())
         self.last_samples: list[Sample] = []
@@ -126,10 +108,10 @@ class ResumableLoader:
         places: deque[tuple[list[Sample], _Place]] = deque()  # of what the workers read ahead
         loader = DataLoader(
             self._reader,
-            batch_sampler=self._batches(self._next, places),  # type: ignore[arg-type]
+            batch_sampler=self._batches(self._next, places),
             num_workers=self.num_workers,
             collate_fn=_as_list,
-            worker_init_fn=_leave_signals_to_parent,
+            worker_init_fn=leave_signals_to_parent,
             # Its own, because it would draw from the generator of the training.
             generator=torch.Generator().manual_seed(self._reader.seed),
         )
@@ -153,7 +135,7 @@ class ResumableLoader:
                 except StopIteration:  # of a sampler that ends; Detectron2's do not
                     return
                 position += self._world_size
-            group = groups[self.aspect_ratio_grouping and not self._is_wide(sample.index)]
+            group = groups[self.aspect_ratio_grouping and not self._is_wide(sample.number)]
             group.append(sample)
             if len(group) == self.batch_size:
                 batch = group[:]
@@ -254,64 +236,6 @@ class _Place(NamedTuple):
     waiting: tuple[Sample, ...]  # taken from the stream, but their group does not fill a batch yet
 
 
-class _Reader(Dataset):
-    """Sample -> what the mapper makes of its record."""
-
-    def __init__(self, dataset: Any, mapper: Callable, seed: int) -> None:
-        self._dataset = dataset
-        self._mapper = PicklableWrapper(mapper)  # a lambda too reaches a worker that is spawned
-        self.seed = seed
-
-    def __getitem__(self, sample: Sample | tuple[int, int]) -> Any:
-        """
-        Raises:
-            ConfigError: the mapper returns None for a thousand images in turn.
-        """
-        position, index = sample
-        sequence = np.random.SeedSequence([self.seed, position])
-        others = np.random.default_rng(sequence.spawn(1)[0])
-        with _seeded(sequence.generate_state(4)):
-            for _ in range(_MAX_TRIES):
-                mapped = self._mapper(self._dataset[index])
-                if mapped is not None:
-                    return mapped
-                index = int(others.integers(len(self._dataset)))
-        raise ConfigError(
-            f"DATASETS.TRAIN: the mapper left out {_MAX_TRIES} images in turn (it returned None): "
-            "check the dataset with `retina doctor`, or the mapper"
-        )
-
-
-@contextlib.contextmanager
-def _seeded(words: np.ndarray) -> Iterator[None]:
-    """Seed the generators of python, numpy and torch, and put them back.
-
-    Args:
-        words: four of 32 bits.
-    """
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        random.seed(words.tobytes())
-        np.random.seed(words)
-        torch.default_generator.manual_seed(int(words[0]) << 32 | int(words[1]))
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-
-
 def _as_list(batch: list[Any]) -> list[Any]:
     """No collation: a batch is a list of records."""
     return batch
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    """Signals that ask a training to stop reach its workers too, from a terminal or from SLURM.
-
-    The training then finishes its iteration, for which it needs the workers, and ends them itself.
-    A second SIGTERM ends a worker, because that is how PyTorch ends one that does not answer.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
