@@ -1,196 +1,205 @@
-"""``--resume``: what differs between the checkpoint and the config, and what then happens."""
+"""A training that can be interrupted at any moment and goes on as if nothing had happened."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from detectron2.config import CfgNode
-from detectron2.solver import LRMultiplier
-from torch import nn
+from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
 
-from retina_plugin.config import flatten
+from retina_plugin.data.loader import ResumableLoader
 from retina_plugin.errors import ConfigError
+from retina_plugin.weights import Checkpointer, read_checkpoint
 
-__all__ = ["check_resumable", "keep_hyperparameters", "log_differences"]
+from . import output
+from .checkpoint import Checkpoints
+from .differences import check_resumable, keep_hyperparameters, log_differences
+from .signals import EXIT_CODE, Interrupted, StopRequests
+from .state import load_random_state, load_storage_state, restore_process
+from .writers import Writers, trim_metrics
+
+__all__ = ["ResumableTrainer"]
 
 logger = logging.getLogger("retina_plugin")
 
-_HONOURED = "honoured from here on"
-_OTHER_DATA = "honoured, but from here on the training sees other images"
-_OTHER_MODEL = "honoured, but from here on the model computes something else"
 
-# Beginning of a key -> what a new value does, and whether it deserves a warning. The first one
-# that fits counts.
-_EFFECTS: dict[str, tuple[str, bool]] = {
-    "SOLVER.IMS_PER_BATCH": ("honoured, but from here on the batches are others", True),
-    "SOLVER.CHECKPOINT_PERIOD": ("harmless", False),
-    "SOLVER": (_HONOURED, False),
-    "SEED": ("no effect: the checkpoint has the random numbers and the order", True),
-    "MODEL.WEIGHTS": ("no effect: the weights are the checkpoint's", False),
-    "MODEL.DEVICE": ("harmless, apart from rounding", False),
-    "MODEL.COMPILE": ("harmless, apart from rounding", False),
-    "MODEL.CHANNELS_LAST": ("harmless, apart from rounding", False),
-    "MODEL.ACTIVATION_CHECKPOINTING": ("harmless", False),
-    "MODEL.RETINANET.LOSS_BACKEND": ("harmless, apart from rounding", False),
-    "MODEL.RETINANET.LOSS_IN_PLACE": ("harmless", False),
-    "MODEL.RETINANET.SCORE_THRESH_TEST": (_HONOURED, False),
-    "MODEL.RETINANET.TOPK_CANDIDATES_TEST": (_HONOURED, False),
-    "MODEL.RETINANET.NMS_THRESH_TEST": (_HONOURED, False),
-    "MODEL.ROI": ("harmless: RetinaNet does not read it", False),
-    "MODEL.RPN": ("harmless: RetinaNet does not read it", False),
-    "MODEL": (_OTHER_MODEL, True),
-    "DATASETS.TEST": (_HONOURED, False),
-    "DATASETS.PROPOSAL_FILES_TEST": (_HONOURED, False),
-    "DATASETS": (_OTHER_DATA, True),
-    "DATALOADER.NUM_WORKERS": ("harmless", False),
-    "DATALOADER": (_OTHER_DATA, True),
-    "INPUT.MIN_SIZE_TEST": (_HONOURED, False),
-    "INPUT.MAX_SIZE_TEST": (_HONOURED, False),
-    "INPUT": (_OTHER_DATA, True),
-    "TEST": (_HONOURED, False),
-    "VIS_PERIOD": ("harmless", False),
-    "CUDNN_BENCHMARK": ("harmless, apart from rounding", False),
-    "": (_HONOURED, False),
-}
-# Of the optimizer's groups, which Detectron2 makes of the parameters that share their values.
-_GROUP_KEYS = ("WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS", "BIAS_LR_FACTOR")
-# Not in the model-zoo's files, or not in those of older versions.
-_OPTIONAL = ("pixel_mean", "pixel_std", "num_batches_tracked", "cell_anchors")
+class ResumableTrainer(DefaultTrainer):
+    """``DefaultTrainer`` that resumes exactly, obeys signals and keeps its folder to itself.
 
-
-def _differences(saved: str | None, cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
-    """Key -> (value in the checkpoint, value now), of the keys whose values differ."""
-    if saved is None:
-        return {}
-    before, now = flatten(yaml.safe_load(saved)), flatten(yaml.safe_load(cfg.dump()))
-    return {
-        key: (before.get(key), now.get(key))
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key != "OUTPUT_DIR"
-    }
-
-
-def _effect(key: str) -> tuple[str, bool]:
-    return next(effect for start, effect in _EFFECTS.items() if key.startswith(start))
-
-
-def check_resumable(
-    path: str,
-    checkpoint: Mapping[str, Any],
-    cfg: CfgNode,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """The model and the optimizer are those of the checkpoint.
-
-    Raises:
-        ConfigError: they are not. It names the keys that differ, and the fix.
+    A subclass builds the parts, and registers a :class:`.checkpoint.Checkpoints` hook.
     """
-    start_new = f"set MODEL.WEIGHTS {path} and a new OUTPUT_DIR, and leave out --resume"
-    if "trainer" not in checkpoint:
-        raise ConfigError(
-            f"--resume: {path} holds weights and no training; to train from them, {start_new}"
-        )
-    saved = checkpoint.get("resume", {})
-    keys: Sequence[str] = ("MODEL", "IMPORTS")
-    mismatch = _model_mismatch(checkpoint["model"], model)
-    if mismatch is None:
-        keys = (*keys, *(f"SOLVER.{name}" for name in _GROUP_KEYS))
-        groups = checkpoint["trainer"]["_trainer"]["optimizer"]["param_groups"]
-        mismatch = _optimizer_mismatch(groups, saved.get("parameters"), model, optimizer)
-    if mismatch is None:
-        return
-    changed = [
-        f"{key} {before} (now {now})"
-        for key, (before, now) in _differences(saved.get("config"), cfg).items()
-        if key.startswith(tuple(keys)) and _effect(key)[0] in (_OTHER_MODEL, _HONOURED)
-    ]
-    reason = f"{', '.join(changed)}, and {mismatch}" if changed else mismatch
-    raise ConfigError(
-        f"--resume: {path} was trained with {reason}; set that back, or, to train on from its "
-        f"weights, {start_new}"
-    )
 
+    cfg: CfgNode
+    iter: int
+    checkpointer: Checkpointer
+    _checkpoints: Checkpoints
 
-def _model_mismatch(saved: Mapping[str, Any], model: nn.Module) -> str | None:
-    """The first parameter that differs, after "the checkpoint was trained with"; None if none."""
-    own = model.state_dict()
-    for name in (*own, *saved):
-        if name.rpartition(".")[2] in _OPTIONAL or "anchor_generator" in name:
-            continue
-        if name not in own:
-            return f"a parameter {name}, which the model does not have"
-        if name not in saved:
-            return f"no parameter {name}"
-        shape, now = tuple(saved[name].shape), tuple(own[name].shape)
-        if shape != now:
-            return f"{name} of shape {shape}, not {now}"
-    return None
+    def __init__(self) -> None:
+        # Not DefaultTrainer's __init__, which builds everything.
+        super(DefaultTrainer, self).__init__()
+        self._resumes = False
+        self._saved_state: dict[str, Any] = {}  # "resume" of the checkpoint
+        self._requests = StopRequests()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a checkpoint, except for what the config says of the optimizer."""
+        own = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        super().load_state_dict(state_dict)
+        keep_hyperparameters(self.optimizer, self.scheduler, own)
 
-def _optimizer_mismatch(
-    groups: Sequence[Mapping[str, Any]],
-    names: Sequence[Sequence[str]] | None,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> str | None:
-    own_groups = [group["params"] for group in optimizer.param_groups]
-    sizes, now = [len(g["params"]) for g in groups], [len(g) for g in own_groups]
-    if sum(sizes) != sum(now):
-        return f"{sum(sizes)} trainable parameters, not {sum(now)}"
-    own_names = {parameter: name for name, parameter in model.named_parameters()}
-    if sizes != now or (
-        names is not None and names != [[own_names.get(p, "?") for p in g] for g in own_groups]
-    ):
-        return "other groups of parameters in the optimizer"
-    return None
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last checkpoint of ``OUTPUT_DIR``, or the weights of ``MODEL.WEIGHTS``.
 
+        Args:
+            resume: continue the training of ``OUTPUT_DIR``, exactly as if it had not been
+                interrupted. False, or without a checkpoint there: start with the weights.
 
-def keep_hyperparameters(
-    optimizer: torch.optim.Optimizer, scheduler: Any, own: Sequence[Mapping[str, Any]]
-) -> None:
-    """Learning rate, momentum and weight decay become the config's again after a checkpoint.
+        Raises:
+            ConfigError: the checkpoint is of another model or has other groups of parameters in
+                the optimizer; the weights cannot be read.
+        """
+        # A training that began here and was killed before its first checkpoint: the checkpoints
+        # are those of an earlier training.
+        self._resumes = resume and not output.begun_anew(self.cfg.OUTPUT_DIR)
+        path = ""
+        if self._resumes:
+            path = self.checkpointer.get_checkpoint_file() if comm.is_main_process() else ""
+            path = comm.all_gather(path)[0]
+        if not path:
+            self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
+            return
+        if not all(comm.all_gather(os.path.isfile(path))):
+            raise ConfigError(
+                f"--resume: not every process can read {path}: put OUTPUT_DIR on a disk that all "
+                "machines share"
+            )
+        checkpoint = read_checkpoint(path)
+        check_resumable(path, checkpoint, self.cfg, self.checkpointer.model, self.optimizer)
+        if comm.is_main_process():
+            log_differences(path, checkpoint, self.cfg)
+        self._saved_state = checkpoint.get("resume", {})
+        del checkpoint  # it is read again, and is large
+        self.checkpointer.load(path)
+        self.start_iter = self.iter + 1
+        if self._saved_state:
+            restore_process(
+                self._saved_state["processes"], self.checkpointer.model, self._checkpoints.loaders
+            )
+        if not isinstance(self.data_loader, ResumableLoader):
+            logger.warning(
+                "The training data has no position to return to (it is an IterableDataset, or "
+                "build_train_loader is your own): it begins anew"
+            )
 
-    Detectron2 takes them from the checkpoint, so that a new ``SOLVER.BASE_LR`` has no effect.
+    def train(self) -> Any:
+        """Train from ``start_iter`` to ``max_iter``, and evaluate.
 
-    Args:
-        optimizer, scheduler: with the state of the checkpoint.
-        own: the optimizer's groups as the config made them, without "params".
-    """
-    if not isinstance(scheduler, LRMultiplier):
-        return  # of the user: its learning rates may depend on the ones before
-    for group, values in zip(optimizer.param_groups, own):
-        group.update(values)
-    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-    for group, rate in zip(optimizer.param_groups, scheduler.get_lr()):
-        group["lr"] = rate
-    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+        SIGTERM, SIGINT and SIGUSR1 stop it after the iteration, with a checkpoint.
 
+        Returns:
+            The metrics, if ``TEST.EXPECTED_RESULTS`` is set.
 
-def log_differences(path: str, checkpoint: Mapping[str, Any], cfg: CfgNode) -> None:
-    """Log each key whose value differs from the checkpoint's, with what comes of it."""
-    saved = checkpoint.get("resume")
-    if saved is None:
+        Raises:
+            Interrupted: a signal came; a SystemExit with code 75.
+            ConfigError: ``OUTPUT_DIR`` cannot be written to or is in use; ``model_final.pth``
+                cannot be written.
+        """
+        folder = self.cfg.OUTPUT_DIR
+        output.run_on_main_process(self._prepare_folder)
+        if self.start_iter >= self.max_iter:
+            logger.warning(
+                "Nothing is left to train: %d iterations are done, and SOLVER.MAX_ITER is %d",
+                *(self.start_iter, self.max_iter),
+            )
+        try:
+            with StopRequests() as self._requests:
+                return super().train()
+        finally:
+            output.release(folder)
+
+    def _prepare_folder(self) -> None:
+        folder = self.cfg.OUTPUT_DIR
+        output.claim(folder, begins=not self._resumes)
+        output.begin(folder, resumed=self._resumes)
+        try:
+            trim_metrics(Path(folder) / "metrics.json", self._last_written("JSONWriter"))
+        except OSError as error:
+            logger.warning("cannot write %s/metrics.json: %s", folder, error.strerror or error)
+
+    def _last_written(self, writer: str) -> int:
+        """The last iteration that a writer had written when the checkpoint was saved."""
+        return self._saved_state.get("writers", {}).get(writer, self.start_iter - 1)
+
+    def last_written(self) -> dict[str, int]:
+        """Name of a writer -> the last iteration that it wrote."""
+        return next((h.last_written() for h in self._hooks if isinstance(h, Writers)), {})
+
+    def before_train(self) -> None:
+        """Hooks, then the rest of the checkpoint: nothing that comes later changes it."""
+        super().before_train()
+        saved = self._saved_state
+        if not saved:
+            return
+        if comm.is_main_process():
+            load_storage_state(self.storage, saved["storage"])
+        for hook in self._hooks:
+            if isinstance(hook, Writers):
+                hook.set_last_written(saved["writers"])
+        if len(saved["processes"]) == comm.get_world_size():
+            load_random_state(saved["processes"][comm.get_rank()]["random"])
+        if saved["pending"] and self.start_iter < self.max_iter:
+            self._finish_iteration()
+
+    def _finish_iteration(self) -> None:
+        """Run the hooks that the interrupted training had not run after the checkpoint."""
+        self.iter = self.storage.iter = self.start_iter - 1
+        for hook in self._hooks[self._hooks.index(self._checkpoints) + 1 :]:
+            hook.after_step()
+        self._end_iteration()
+
+    def after_step(self) -> None:
+        """Hooks, then the checkpoint, then the answer to a signal."""
+        super().after_step()
+        self._end_iteration()
+
+    def _end_iteration(self) -> None:
+        self._checkpoints.end_iteration()
+        if self._requests.agreed():
+            self._say_interrupted(self._checkpoints.save_interrupted())
+            comm.synchronize()  # a launcher ends all processes when the first one ends
+            raise Interrupted
+
+    def _say_interrupted(self, saved: str) -> None:
+        """Say what a signal did.
+
+        Args:
+            saved: the checkpoint's name; "" if it could not be written.
+
+        Raises:
+            ConfigError: it could not.
+        """
+        if not comm.is_main_process():
+            return
+        name = "A signal" if self._requests.received is None else self._requests.received.name
+        done = self.iter + 1
+        if not saved:
+            raise ConfigError(
+                f"{name} stopped the training after iteration {done}, and it could not be saved: "
+                "make room, then --resume goes on from the last checkpoint"
+            )
+        path = os.path.join(self.cfg.OUTPUT_DIR, saved)
         logger.warning(
-            "%s is of Detectron2's trainer or of an older version: the order of the images, the "
-            "random numbers and the averages of the log begin anew",
-            path,
+            "%s stopped the training after iteration %d, saved in %s: --resume continues it "
+            "(exit code %d)",
+            *(name, min(done, self.max_iter), path, EXIT_CODE),
         )
-        return
-    differences = _differences(saved["config"], cfg)
-    if not differences:
-        return
-    rows = [
-        f"  {key}: {before} -> {now} ({_effect(key)[0]})"
-        for key, (before, now) in differences.items()
-    ]
-    warns = any(_effect(key)[1] for key in differences)
-    logger.log(
-        logging.WARNING if warns else logging.INFO,
-        "The config differs from that of %s:\n%s",
-        *(path, "\n".join(rows)),
-    )
+
+    def after_train(self) -> None:
+        """Hooks. Without an iteration left to train, ``iter`` is the number of those done."""
+        if self.start_iter >= self.max_iter:
+            self.iter = self.start_iter  # Detectron2 counts one more
+        super().after_train()

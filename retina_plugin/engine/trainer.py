@@ -6,13 +6,12 @@ import logging
 import os
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
+from detectron2.engine import HookBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
@@ -21,38 +20,32 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from retina_plugin.data import DATASET_MAPPER_REGISTRY
-from retina_plugin.data.loader import ResumableLoader, build_train_loader
-from retina_plugin.errors import ConfigError
+from retina_plugin.data.loader import build_train_loader
 from retina_plugin.evaluation import EVALUATOR_REGISTRY
 from retina_plugin.modeling.monitoring import LOG_PERIOD
 from retina_plugin.modeling.normalizer import LossNormalizer
-from retina_plugin.weights import Checkpointer, read_checkpoint
+from retina_plugin.weights import Checkpointer
 
-from . import output
 from .checkpoint import Checkpoints, best_checkpoint
 from .checks import check_batch_size, check_num_classes, check_precision
 from .hooks import Evaluation, Progress, Results
 from .performance import Autocast, inference_dtype, prepare_model, training_dtype
-from .resume import check_resumable, keep_hyperparameters, log_differences
-from .signals import EXIT_CODE, Interrupted, StopRequests
-from .state import load_random_state, load_storage_state, restore_process
+from .resume import ResumableTrainer
 from .step import StepTrainer
-from .writers import Writers, trim_metrics
+from .writers import Writers
 
 __all__ = ["Trainer"]
-
-logger = logging.getLogger("retina_plugin")
 
 _NO_EVALUATION: Mapping[str, Any] = {}
 
 
-class Trainer(DefaultTrainer):
+class Trainer(ResumableTrainer):
     """``DefaultTrainer`` with this package's keys, and with what a training should leave behind.
 
     The keys are ``TEST.EVALUATOR``, ``INPUT.MAPPER``, ``SOLVER.AMP``, ``SOLVER.ACCUMULATE`` and
     those of speed and memory (``MODEL.COMPILE``, ...). It also keeps the best checkpoint by AP,
-    shows a progress bar on a terminal, draws pictures at the end, and saves the moving average of
-    the loss normaliser in checkpoints.
+    shows a progress bar on a terminal and draws pictures at the end. A training that was killed and
+    is resumed ends as if nothing had happened (see :class:`.resume.ResumableTrainer`).
 
     ``SOLVER.REFERENCE_WORLD_SIZE`` scales batch, learning rate and schedule to the number of
     processes, as in Detectron2.
@@ -70,9 +63,10 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        # Not DefaultTrainer's __init__: it makes the step with Detectron2's trainers (StepTrainer
-        # says what they lack), and it gives DistributedDataParallel a GPU id even on the CPU.
-        TrainerBase.__init__(self)
+        # DefaultTrainer's __init__ is not called: it makes the step with Detectron2's trainers
+        # (StepTrainer says what they lack), and it gives DistributedDataParallel a GPU id even on
+        # the CPU.
+        super().__init__()
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()  # nobody has: in a notebook, for example
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
@@ -99,9 +93,6 @@ class Trainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self._resumes = False
-        self._saved_state: dict[str, Any] = {}  # "resume" of the checkpoint
-        self._requests = StopRequests()
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -168,159 +159,6 @@ class Trainer(DefaultTrainer):
     def _evaluate(self) -> dict[str, Any]:
         self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
-
-    def resume_or_load(self, resume: bool = True) -> None:
-        """Load the last checkpoint of ``OUTPUT_DIR``, or the weights of ``MODEL.WEIGHTS``.
-
-        Args:
-            resume: continue the training of ``OUTPUT_DIR``, exactly as if it had not been
-                interrupted. False, or without a checkpoint there: start with the weights.
-
-        Raises:
-            ConfigError: the checkpoint is of another model or has other groups of parameters in
-                the optimizer; the weights cannot be read.
-        """
-        # A training that began here and was killed before its first checkpoint: the checkpoints
-        # are those of an earlier training.
-        self._resumes = resume and not output.begun_anew(self.cfg.OUTPUT_DIR)
-        path = ""
-        if self._resumes:
-            path = self.checkpointer.get_checkpoint_file() if comm.is_main_process() else ""
-            path = comm.all_gather(path)[0]
-        if not path:
-            self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
-            return
-        if not all(comm.all_gather(os.path.isfile(path))):
-            raise ConfigError(
-                f"--resume: not every process can read {path}: put OUTPUT_DIR on a disk that all "
-                "machines share"
-            )
-        checkpoint = read_checkpoint(path)
-        check_resumable(path, checkpoint, self.cfg, self.checkpointer.model, self.optimizer)
-        if comm.is_main_process():
-            log_differences(path, checkpoint, self.cfg)
-        self._saved_state = checkpoint.get("resume", {})
-        del checkpoint  # it is read again, and is large
-        self.checkpointer.load(path)
-        self.start_iter = self.iter + 1
-        if self._saved_state:
-            restore_process(
-                self._saved_state["processes"], self.checkpointer.model, self._checkpoints.loaders
-            )
-        if not isinstance(self.data_loader, ResumableLoader):
-            logger.warning(
-                "The training data has no position to return to (it is an IterableDataset, or "
-                "build_train_loader is your own): it begins anew"
-            )
-
-    def train(self) -> Any:
-        """Train from ``start_iter`` to ``max_iter``, and evaluate.
-
-        SIGTERM, SIGINT and SIGUSR1 stop it after the iteration, with a checkpoint.
-
-        Returns:
-            The metrics, if ``TEST.EXPECTED_RESULTS`` is set.
-
-        Raises:
-            Interrupted: a signal came; a SystemExit with code 75.
-            ConfigError: ``OUTPUT_DIR`` cannot be written to or is in use; ``model_final.pth``
-                cannot be written.
-        """
-        folder = self.cfg.OUTPUT_DIR
-        output.run_on_main_process(self._prepare_folder)
-        if self.start_iter >= self.max_iter:
-            logger.warning(
-                "Nothing is left to train: %d iterations are done, and SOLVER.MAX_ITER is %d",
-                *(self.start_iter, self.max_iter),
-            )
-        try:
-            with StopRequests() as self._requests:
-                return super().train()
-        finally:
-            output.release(folder)
-
-    def _prepare_folder(self) -> None:
-        folder = self.cfg.OUTPUT_DIR
-        output.claim(folder, begins=not self._resumes)
-        output.begin(folder, resumed=self._resumes)
-        try:
-            trim_metrics(Path(folder) / "metrics.json", self._last_written("JSONWriter"))
-        except OSError as error:
-            logger.warning("cannot write %s/metrics.json: %s", folder, error.strerror or error)
-
-    def _last_written(self, writer: str) -> int:
-        """The last iteration that a writer had written when the checkpoint was saved."""
-        return self._saved_state.get("writers", {}).get(writer, self.start_iter - 1)
-
-    def last_written(self) -> dict[str, int]:
-        """Name of a writer -> the last iteration that it wrote."""
-        return next((h.last_written() for h in self._hooks if isinstance(h, Writers)), {})
-
-    def before_train(self) -> None:
-        """Hooks, then the rest of the checkpoint: nothing that comes later changes it."""
-        super().before_train()
-        saved = self._saved_state
-        if not saved:
-            return
-        if comm.is_main_process():
-            load_storage_state(self.storage, saved["storage"])
-        for hook in self._hooks:
-            if isinstance(hook, Writers):
-                hook.set_last_written(saved["writers"])
-        if len(saved["processes"]) == comm.get_world_size():
-            load_random_state(saved["processes"][comm.get_rank()]["random"])
-        if saved["pending"] and self.start_iter < self.max_iter:
-            self._finish_iteration()
-
-    def _finish_iteration(self) -> None:
-        """Run the hooks that the interrupted training had not run after the checkpoint."""
-        self.iter = self.storage.iter = self.start_iter - 1
-        for hook in self._hooks[self._hooks.index(self._checkpoints) + 1 :]:
-            hook.after_step()
-        self._end_iteration()
-
-    def after_step(self) -> None:
-        """Hooks, then the checkpoint, then the answer to a signal."""
-        super().after_step()
-        self._end_iteration()
-
-    def _end_iteration(self) -> None:
-        self._checkpoints.end_iteration()
-        if self._requests.agreed():
-            self._say_interrupted(self._checkpoints.save_interrupted())
-            comm.synchronize()  # a launcher ends all processes when the first one ends
-            raise Interrupted
-
-    def _say_interrupted(self, saved: str) -> None:
-        """Say what a signal did.
-
-        Args:
-            saved: the checkpoint's name; "" if it could not be written.
-
-        Raises:
-            ConfigError: it could not.
-        """
-        if not comm.is_main_process():
-            return
-        name = "A signal" if self._requests.received is None else self._requests.received.name
-        done = self.iter + 1
-        if not saved:
-            raise ConfigError(
-                f"{name} stopped the training after iteration {done}, and it could not be saved: "
-                "make room, then --resume goes on from the last checkpoint"
-            )
-        path = os.path.join(self.cfg.OUTPUT_DIR, saved)
-        logger.warning(
-            "%s stopped the training after iteration %d, saved in %s: --resume continues it "
-            "(exit code %d)",
-            *(name, min(done, self.max_iter), path, EXIT_CODE),
-        )
-
-    def after_train(self) -> None:
-        """Hooks. Without an iteration left to train, ``iter`` is the number of those done."""
-        if self.start_iter >= self.max_iter:
-            self.iter = self.start_iter  # Detectron2 counts one more
-        super().after_train()
 
     @property
     def last_evaluation(self) -> Mapping[str, Any]:
@@ -395,13 +233,8 @@ class Trainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`, except for what the config says of the optimizer.
-
-        The checkpoint of Detectron2's trainer has no average.
-        """
-        own = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        """Restore :meth:`state_dict`. The checkpoint of Detectron2's trainer has no average."""
         super().load_state_dict(state_dict)
-        keep_hyperparameters(self.optimizer, self.scheduler, own)
         normalizer = self._normalizer()
         if normalizer is not None and "loss_normalizer_ema" in state_dict:
             normalizer.ema.fill_(state_dict["loss_normalizer_ema"])

@@ -71,16 +71,16 @@ def write_dataset(root):
 
 
 class Moments:
-    """Numbers the moments at which a training can be killed, and kills it at one of them."""
+    """Numbers the moments of a training, and sends a signal to its process at one of them."""
 
-    def __init__(self, kill_at, log):
-        self.kill_at, self.log, self.count = kill_at, log, 0
+    def __init__(self, at, number, group, log):
+        self.at, self.number, self.group, self.log = at, number, group, log
 
     def __call__(self, name):
-        if self.count == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.count += 1
+        count = len(self.log)
         self.log.append(name)
+        if count == self.at:
+            (os.killpg if self.group else os.kill)(os.getpid(), self.number)
 
 
 class SlowFile:
@@ -145,14 +145,19 @@ class Steps(HookBase):
 def train(case, rank):
     torch.set_num_threads(1)
     log = []
-    moment = Moments(case["kill_at"] if rank == case.get("kill_rank", 0) else None, log)
+    at = case["at"] if rank == case.get("at_rank", 0) else None
+    moment = Moments(at, getattr(signal, case.get("signal", "SIGKILL")), "group" in case, log)
     plant(moment)
     hooks.Results._draw = lambda self, out: None  # takes longer than the training
     config = str(REPO / "configs" / "_base_" / "digits_R18.yaml")
     cfg = setup_cfg(config, [*OPTIONS, *case["options"], "OUTPUT_DIR", case["folder"]])
+    for key, value in case.get("keys", {}).items():  # of samplers; not in Detectron2's defaults
+        section, name = key.split(".")
+        cfg[section][name] = value
     # As default_setup does. Where there is a checkpoint, nothing may depend on it.
     has_checkpoint = any(Path(case["folder"]).glob("model_0*.pth"))
-    seed_all_rng(cfg.SEED + rank + (1000 if has_checkpoint else 0))
+    seed = cfg.SEED if cfg.SEED >= 0 else 77
+    seed_all_rng(seed + rank + (1000 if has_checkpoint else 0))
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=case["resume"])
     trainer.register_hooks([Steps(moment)])
@@ -160,23 +165,9 @@ def train(case, rank):
     for hook in trainer._hooks:
         if isinstance(hook, Writers):
             hook._period = 2
-    if case.get("signal_at") is not None:
-        moment.kill_at = None
-        trainer.register_hooks([Signal(case["signal_at"], case["signal"], rank)])
     trainer.train()
     if rank == 0 and case.get("moments"):
         Path(case["moments"]).write_text(json.dumps(log))
-
-
-class Signal(HookBase):
-    """Sends a signal to this process, as a scheduler would, in one iteration."""
-
-    def __init__(self, iteration, name, rank):
-        self.iteration, self.number = iteration, getattr(signal, name)
-
-    def before_step(self):
-        if self.trainer.iter == self.iteration:
-            os.kill(os.getpid(), self.number)
 
 
 def run(case, rank):
@@ -186,6 +177,7 @@ def run(case, rank):
         output = os.open(f"{case['folder']}.log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        os.setpgid(0, 0)
         if case["processes"] > 1:
             torch.distributed.init_process_group(
                 "gloo", f"file://{case['store']}", rank=rank, world_size=case["processes"]
@@ -215,8 +207,8 @@ def run_case(case):
         if pid == 0:
             run(case, rank)
         pids.append(pid)
-    if "kill_after" in case:
-        time.sleep(case["kill_after"])
+    if case.get("seconds"):
+        time.sleep(case["seconds"])
         os.kill(pids[0], signal.SIGKILL)
     codes = {}
     while len(codes) < len(pids):
