@@ -166,6 +166,8 @@ def keep_hyperparameters(
     for group, values in zip(optimizer.param_groups, own):
         group.update(values)
     scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    if scheduler.last_epoch > scheduler._max_iter:
+        return  # MAX_ITER was lowered: nothing is left to train, and the schedule has no rate
     for group, rate in zip(optimizer.param_groups, scheduler.get_lr()):
         group["lr"] = rate
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
