@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import weakref
@@ -27,6 +28,7 @@ from .checks import check_batch_size, check_num_classes, check_precision
 from .hooks import BestCheckpoint, Progress, Results
 from .performance import Autocast, inference_dtype, prepare_model, training_dtype
 from .step import StepTrainer
+from .step_record import write_record
 
 __all__ = ["Trainer"]
 
@@ -83,6 +85,8 @@ class Trainer(DefaultTrainer):
             # Copying the losses synchronises with the GPU: there as rarely as they are written.
             log_period=1 if cfg.MODEL.DEVICE == "cpu" else LOG_PERIOD,
             grad_scaler=torch.amp.GradScaler(device_type) if precision == torch.float16 else None,
+            max_skipped_steps=cfg.SOLVER.MAX_SKIPPED_STEPS,
+            write_record=functools.partial(write_record, cfg),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = DetectionCheckpointer(
