@@ -16,6 +16,7 @@ from .finite import found_nonfinite, kept_buffers, nonfinite_names
 
 __all__ = ["Diagnosis", "ImageFacts", "diagnose", "file_names", "first_of"]
 
+LARGE_WEIGHT = 1e6  # no trained detector has a weight near it
 _LARGEST = 5  # gradients in the table
 _HEAD_OUTPUTS = ("logits", "deltas")  # of Detectron2's RetinaNet and ours
 
@@ -80,27 +81,37 @@ class Diagnosis:
         return {**asdict(self), "is_finite": self.is_finite}
 
     def cause(self) -> str:
-        """The first thing in the order of the computation that is not finite, e.g. "the logits of
-        level p5". "" if everything is finite.
+        """The first thing in the order of the computation that is not finite, and on which levels,
+        e.g. "the logits of level p5". "" if everything is finite.
         """
-        for kind in ("pixels", "boxes"):
-            if any(image.bad_input == kind for image in self.images):
-                return "the pixels" if kind == "pixels" else "the ground-truth boxes"
-        if self.weights:
-            return f"the weights before the step ({first_of(self.weights)})"
         kinds = list(dict.fromkeys(k for values in self.levels.values() for k in values))
         forward = [k for k in kinds if not k.startswith("gradient")]
+        backward = [k for k in kinds if k.startswith("gradient")]
+        levels = next((bad for kind in forward if (bad := self._bad_levels(kind))), [])
+        seen = f", seen on level {', '.join(levels)}" if levels else ""
+        inputs = {image.bad_input for image in self.images}
+        if "pixels" in inputs:
+            return f"the pixels{seen}"
+        if "boxes" in inputs:
+            return f"the ground-truth boxes{seen}"
+        if self.weights:
+            return f"the weights before the step ({first_of(self.weights)}){seen}"
+        large = (
+            f" (weights are up to {self.largest_weight:.3g})"
+            if self.largest_weight > LARGE_WEIGHT
+            else ""
+        )
         for kind in forward:
             if bad := self._bad_levels(kind):
-                return f"the {kind} of level {', '.join(bad)}"
+                return f"the {kind} of level {', '.join(bad)}{large}"
         if not math.isfinite(sum(self.losses.values())):
-            return self._loss_cause(forward)
-        for kind in kinds:
-            if kind not in forward and (bad := self._bad_levels(kind)):
-                return f"the {kind} of level {', '.join(bad)}"
+            return self._loss_cause(forward) + large
+        for kind in backward:
+            if bad := self._bad_levels(kind):
+                return f"the {kind} of level {', '.join(bad)}{large}"
         if self.num_bad_gradients:
             names = [name for name, value in self.gradients.items() if not math.isfinite(value)]
-            return f"the gradient of {first_of(names, self.num_bad_gradients)}"
+            return f"the gradient of {first_of(names, self.num_bad_gradients)}{large}"
         return ""
 
     def _bad_levels(self, kind: str) -> list[str]:

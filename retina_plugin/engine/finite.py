@@ -99,7 +99,7 @@ class StepGate:
             process or a gradient is not finite, else 0.
         """
         gradients = [p.grad for p in _parameters(self.optimizer) if p.grad is not None]
-        total_loss = total_loss.float().clone()
+        total_loss = total_loss.float()
         if grad_scaler is None:
             flag = found_nonfinite([total_loss, *gradients], self._device)
         else:

@@ -24,13 +24,13 @@ __all__ = ["ProcessFacts", "RandomStates", "StepRecord", "write_record"]
 _FORMAT = 1
 _MAX_NAMES = 8  # images in a line
 
-# Cause -> what to do about it.
+# Words in a cause -> what to do about it.
 _FIXES = {
-    "the pixels": "take these images out, or mend them",
-    "the ground-truth boxes": "mend their annotations",
-    "the weights": "set a lower SOLVER.BASE_LR, and resume from an older checkpoint",
+    "the pixels": "mend these images, or take them out",
+    "the ground-truth boxes": "mend the annotations of these images",
+    "weights": "set a lower SOLVER.BASE_LR, and go on from a checkpoint before the weights grew",
+    "": "set a lower SOLVER.BASE_LR, or SOLVER.CLIP_GRADIENTS.ENABLED True",
 }
-_OTHER_FIX = "set a lower SOLVER.BASE_LR or SOLVER.CLIP_GRADIENTS.ENABLED True"
 
 
 @dataclass
@@ -107,7 +107,7 @@ class StepRecord:
         text = f"not finite at iteration={self.iteration} (counted from 0): "
         text += ", ".join(f"{k} {v}" for k, v in losses.items()) or "the losses are finite"
         if causes:
-            text += f"; the first that is not finite: {', '.join(causes)}"
+            text += f"; it begins in {', '.join(causes)}"
         if names:
             rest = len(names) - _MAX_NAMES
             text += f"; image{'s' if len(names) > 1 else ''} {', '.join(names[:_MAX_NAMES])}"
@@ -116,11 +116,8 @@ class StepRecord:
 
     def fix(self) -> str:
         """What to do, in a few words."""
-        causes = [p.cause for p in self.processes if p.cause]
-        for start, fix in _FIXES.items():
-            if any(cause.startswith(start) for cause in causes):
-                return fix
-        return _OTHER_FIX
+        causes = " ".join(p.cause for p in self.processes)
+        return next(fix for words, fix in _FIXES.items() if words in causes)
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``nonfinite_<iteration>.json`` and return its path."""
