@@ -96,7 +96,8 @@ class StepTrainer(SimpleTrainer):
         self._log = LossLog()
         self._device_type = next(model.parameters()).device.type
         self._gate = StepGate(model, optimizer, max_skipped_steps)
-        self._watch = StepWatch(self, max_skipped_steps, write_record)
+        self._watch = StepWatch(self, max_skipped_steps)
+        self.write_record = write_record
 
     def run_step(self) -> None:
         """Forward and backward passes, the log, the optimizer's step.
@@ -149,6 +150,10 @@ class StepTrainer(SimpleTrainer):
         """
         self._read()
         self._watch.check_weights()
+
+    def stop_at_next(self) -> None:
+        """From now on, skip no more steps: stop at the next one that is not finite."""
+        self._gate.max_skipped = self._watch.max_skipped = self._watch.skipped
 
     def losses_of(self, model: nn.Module, data: Sequence[Any]) -> dict[str, Tensor]:
         """The losses of a model in the precision of this trainer."""

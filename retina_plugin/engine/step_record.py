@@ -6,11 +6,10 @@ import base64
 import json
 import math
 import os
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from retina_plugin.errors import ConfigError
 
-__all__ = ["ProcessFacts", "RandomStates", "StepRecord", "write_record"]
+__all__ = ["ProcessFacts", "StepRecord", "from_json", "to_json", "write_record"]
 
 _FORMAT = 1
 _MAX_NAMES = 8  # images in a line
@@ -42,7 +41,7 @@ class ProcessFacts:
         images: {"file_name", "image_id"} of each record of its batch.
         samples: [position in the data, index in the dataset] of each record; empty if the loader
             does not know them.
-        random_states: before the forward pass, see :class:`RandomStates`.
+        random_states: before the forward pass, see :func:`.state.random_state`.
         loader: the data loader's state, see ``ResumableLoader.state_dict``; empty if it has none.
         cause: the first thing that is not finite, e.g. "the logits of level p5"; "" if unknown.
         bad_images: file names of the images that it comes from.
@@ -124,8 +123,7 @@ class StepRecord:
         path = Path(folder) / f"nonfinite_{self.iteration:07d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"format": _FORMAT, **asdict(self)}
-        # NaN is no JSON: a number that is not finite is written as text.
-        text = json.dumps(_as_text(content), indent=1, allow_nan=False)
+        text = json.dumps(to_json(content), allow_nan=False)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(path)
@@ -166,69 +164,29 @@ def write_record(cfg: CfgNode, record: StepRecord) -> Path:
     return record.write(cfg.OUTPUT_DIR)
 
 
-def _as_text(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """A value of plain containers, numbers and tensors, as JSON can hold it.
+
+    NaN is no JSON: a number that is not finite becomes text. A tensor becomes its bytes in base64.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, Tensor):
+        array = value.numpy()
+        data = base64.b64encode(array.tobytes()).decode("ascii")
+        return {"tensor": data, "dtype": str(array.dtype)}
     if isinstance(value, Mapping):
-        return {str(k): _as_text(v) for k, v in value.items()}
+        return {str(k): to_json(v) for k, v in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_as_text(v) for v in value]
+        return [to_json(v) for v in value]
     return value
 
 
-class RandomStates(NamedTuple):
-    """The states of this process's random generators, which the forward pass may draw from.
-
-    Taking them does not synchronise.
-    """
-
-    torch: Tensor
-    cuda: Tensor | None  # of the current GPU; None if none is used
-    numpy: tuple[Any, ...]
-    python: tuple[Any, ...]
-
-    @classmethod
-    def now(cls) -> RandomStates:
-        """Take them."""
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        numpy = tuple(np.random.get_state())
-        return cls(torch.get_rng_state(), cuda, numpy, random.getstate())
-
-    def restore(self) -> None:
-        """Put the generators into these states."""
-        torch.set_rng_state(self.torch)
-        if self.cuda is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(self.cuda)
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: base64 and lists."""
-        name, keys, *rest = self.numpy
-        version, state, gauss = self.python
-        return {
-            "torch": _encode(self.torch),
-            "cuda": None if self.cuda is None else _encode(self.cuda),
-            "numpy": [name, keys.tolist(), *rest],
-            "python": [version, list(state), gauss],
-        }
-
-    @classmethod
-    def from_dict(cls, states: Mapping[str, Any]) -> RandomStates:
-        """The opposite of :meth:`as_dict`."""
-        name, keys, *rest = states["numpy"]
-        version, state, gauss = states["python"]
-        return cls(
-            _decode(states["torch"]),
-            None if states["cuda"] is None else _decode(states["cuda"]),
-            (name, np.array(keys, dtype=np.uint32), *rest),
-            (version, tuple(state), gauss),
-        )
-
-
-def _encode(state: Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
-
-
-def _decode(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+def from_json(value: Any) -> Any:
+    """The opposite of :func:`to_json`, for tensors with one axis."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"tensor", "dtype"}:
+            data = np.frombuffer(base64.b64decode(value["tensor"]), dtype=np.dtype(value["dtype"]))
+            return torch.from_numpy(data.copy())
+        return {k: from_json(v) for k, v in value.items()}
+    return [from_json(v) for v in value] if isinstance(value, list) else value

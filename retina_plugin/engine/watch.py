@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from .diagnosis import Diagnosis, diagnose, file_names, first_of
 from .finite import NonFiniteError, nonfinite_names
-from .step_record import ProcessFacts, RandomStates, StepRecord
+from .state import load_random_state, random_state
+from .step_record import ProcessFacts, StepRecord
 
 if TYPE_CHECKING:
     from .step import StepTrainer
@@ -29,7 +29,7 @@ class _Step(NamedTuple):
     flag: Tensor  # 1 if it is not finite
     images: list[dict[str, Any]]
     samples: list[list[int]]
-    random_states: RandomStates
+    random_states: dict[str, Any]
 
 
 class Stop(NamedTuple):
@@ -47,20 +47,13 @@ class StepWatch:
     Args:
         trainer: whose steps these are.
         max_skipped: steps that may be skipped in the whole training.
-        write_record: see :class:`~retina_plugin.engine.step.StepTrainer`.
     """
 
-    def __init__(
-        self,
-        trainer: StepTrainer,
-        max_skipped: int,
-        write_record: Callable[[StepRecord], Path] | None,
-    ) -> None:
+    def __init__(self, trainer: StepTrainer, max_skipped: int) -> None:
         self.skipped = 0  # in the whole training, up to the last read
-        self._max_skipped = max_skipped
+        self.max_skipped = max_skipped
         self._trainer = trainer
-        self._write_record = write_record
-        self._begun: tuple[list[dict[str, Any]], list[list[int]], RandomStates] | None = None
+        self._begun: tuple[list[dict[str, Any]], list[list[int]], dict[str, Any]] | None = None
         self._steps: list[_Step] = []
         self._last: _Step | None = None
         self._masks: set[str] | None = None
@@ -70,7 +63,7 @@ class StepWatch:
         if self._masks is None:
             self._masks = _infinite_buffers(self._model)
         samples = getattr(self._trainer.data_loader, "last_samples", [])
-        self._begun = (_images(data), [list(x) for x in samples], RandomStates.now())
+        self._begun = (_images(data), [list(x) for x in samples], random_state())
 
     def end(self, losses: dict[str, Tensor], flag: Tensor) -> None:
         """After the optimizer's step; ``flag`` is that of ``StepGate.step``."""
@@ -94,7 +87,7 @@ class StepWatch:
         for step, flag in zip(steps, flags):
             if not flag:
                 continue
-            stops = self.skipped == self._max_skipped
+            stops = self.skipped == self.max_skipped
             # The model is still what it was in this step, if no later step has changed it.
             same_model = stops or step is steps[-1]
             record, path = self._record(step, data if step is steps[-1] else None, same_model)
@@ -103,7 +96,7 @@ class StepWatch:
             self.skipped += 1
             logger.warning(
                 "skipped a step (%d of SOLVER.MAX_SKIPPED_STEPS %d): %s%s",
-                *(self.skipped, self._max_skipped, record.describe(), path and f" ({path})"),
+                *(self.skipped, self.max_skipped, record.describe(), path and f" ({path})"),
             )
         return None
 
@@ -145,7 +138,7 @@ class StepWatch:
             losses={name: loss.item() for name, loss in step.losses.items()},
             images=step.images,
             samples=step.samples,
-            random_states=step.random_states.as_dict(),
+            random_states=step.random_states,
             loader=loader.state_dict() if hasattr(loader, "last_samples") else {},
             bad_images=file_names(step.images),
         )
@@ -175,8 +168,8 @@ class StepWatch:
         sizes = comm.all_gather(0 if data is None else len(data))
         if data is None or not all(sizes):
             return None
-        states = RandomStates.now()
-        step.random_states.restore()
+        states = random_state()
+        load_random_state(step.random_states)
         try:
             return diagnose(
                 self._model,
@@ -189,22 +182,23 @@ class StepWatch:
             logger.warning("the step could not be run again", exc_info=True)
             return None
         finally:
-            states.restore()
+            load_random_state(states)
 
     def _write(self, record: StepRecord) -> str:
         """Write the record in the main process; its path in all of them, "" if there is none."""
         path = ""
-        if comm.is_main_process() and self._write_record is not None:
+        write = self._trainer.write_record
+        if comm.is_main_process() and write is not None:
             try:
-                path = str(self._write_record(record))
+                path = str(write(record))
             except OSError as error:
                 logger.warning("cannot write what is needed to repeat the step: %s", error)
         return comm.all_gather(path)[0]
 
     def _error(self, record: StepRecord, path: str) -> NonFiniteError:
         text = record.describe()
-        if self._max_skipped:
-            text += f"; {self.skipped} steps were skipped before (SOLVER.MAX_SKIPPED_STEPS)"
+        if self.max_skipped:
+            text += f"; skipped before: {self.skipped} (SOLVER.MAX_SKIPPED_STEPS {self.max_skipped})"
         text += f": {record.fix()}"
         if path:
             text += f"; `retina replay {path}` repeats the step"
