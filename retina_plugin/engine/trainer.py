@@ -7,30 +7,43 @@ import logging
 import os
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from retina_plugin.data import DATASET_MAPPER_REGISTRY
+from retina_plugin.data.loader import ResumableLoader, build_train_loader
+from retina_plugin.errors import ConfigError
 from retina_plugin.evaluation import EVALUATOR_REGISTRY
 from retina_plugin.modeling.monitoring import LOG_PERIOD
 from retina_plugin.modeling.normalizer import LossNormalizer
+from retina_plugin.weights import Checkpointer, read_checkpoint
 
+from . import output
+from .checkpoint import Checkpoints, best_checkpoint
 from .checks import check_batch_size, check_num_classes, check_precision
-from .hooks import BestCheckpoint, Progress, Results
+from .hooks import Evaluation, Progress, Results
 from .performance import Autocast, inference_dtype, prepare_model, training_dtype
+from .resume import check_resumable, keep_hyperparameters, log_differences
+from .signals import EXIT_CODE, Interrupted, StopRequests
+from .state import load_random_state, load_storage_state, restore_process
 from .step import StepTrainer
 from .step_record import write_record
+from .writers import Writers, trim_metrics
 
 __all__ = ["Trainer"]
+
+logger = logging.getLogger("retina_plugin")
 
 _NO_EVALUATION: Mapping[str, Any] = {}
 
@@ -89,9 +102,10 @@ class Trainer(DefaultTrainer):
             write_record=functools.partial(write_record, cfg),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self._resumes = False
+        self._saved_state: dict[str, Any] = {}  # "resume" of the checkpoint
+        self._requests = StopRequests()
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -103,18 +117,218 @@ class Trainer(DefaultTrainer):
         super().run_step()
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks, with ours before the writers, which write what ours measure."""
-        built = super().build_hooks()
-        if not comm.is_main_process():
-            return built
-        *others, writers = built
-        if self.cfg.DATASETS.TEST:
-            # With several test sets, Detectron2 puts the name of the set before the metric.
-            prefix = f"{self.cfg.DATASETS.TEST[0]}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
-            others.append(
-                BestCheckpoint(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, f"{prefix}bbox/AP")
+        """Detectron2's hooks or ours in their place, in Detectron2's order, and more of ours."""
+        cfg = self.cfg
+        precise_bn = self._build_precise_bn()
+        loaders = [self.data_loader]
+        if precise_bn is not None:
+            loaders.append(precise_bn._data_loader)
+        self._checkpoints = Checkpoints(
+            self.checkpointer,
+            cfg.SOLVER.CHECKPOINT_PERIOD,
+            cfg.TEST.EVAL_PERIOD,
+            config=cfg.dump(),
+            loaders=loaders,
+        )
+        trainer = weakref.proxy(self)
+        built: list[HookBase | None] = [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            precise_bn,
+            self._checkpoints,
+            Evaluation(
+                cfg.TEST.EVAL_PERIOD,
+                lambda: trainer._evaluate(),
+                lambda: trainer._requests,
+                lambda: trainer._say_interrupted(trainer._checkpoints.save_before_evaluation()),
+            ),
+        ]
+        if comm.is_main_process():
+            if cfg.DATASETS.TEST:
+                built.append(best_checkpoint(cfg, self.checkpointer))
+            # Before the writers, which write what the others measure.
+            built += [Progress(cfg), Writers(lambda: trainer.build_writers()), Results(cfg)]
+        return built
+
+    def _build_precise_bn(self) -> hooks.PreciseBN | None:
+        cfg = self.cfg.clone()
+        if not cfg.TEST.PRECISE_BN.ENABLED or not get_bn_modules(self.model):
+            return None
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        loader = self.build_train_loader(cfg)
+        num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
+        return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's writers. TensorBoard hides what a resumed training repeats."""
+        folder = self.cfg.OUTPUT_DIR
+        return [
+            CommonMetricPrinter(self.max_iter),
+            JSONWriter(os.path.join(folder, "metrics.json")),
+            TensorboardXWriter(folder, purge_step=self._last_written("TensorboardXWriter") + 1),
+        ]
+
+    def _evaluate(self) -> dict[str, Any]:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last checkpoint of ``OUTPUT_DIR``, or the weights of ``MODEL.WEIGHTS``.
+
+        Args:
+            resume: continue the training of ``OUTPUT_DIR``, exactly as if it had not been
+                interrupted. False, or without a checkpoint there: start with the weights.
+
+        Raises:
+            ConfigError: the checkpoint is of another model or has other groups of parameters in
+                the optimizer; the weights cannot be read.
+        """
+        # A training that began here and was killed before its first checkpoint: the checkpoints
+        # are those of an earlier training.
+        self._resumes = resume and not output.begun_anew(self.cfg.OUTPUT_DIR)
+        path = ""
+        if self._resumes:
+            path = self.checkpointer.get_checkpoint_file() if comm.is_main_process() else ""
+            path = comm.all_gather(path)[0]
+        if not path:
+            self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
+            return
+        self.resume_from(path)
+
+    def resume_from(self, path: str) -> None:
+        """Continue from a checkpoint of ``OUTPUT_DIR``. Raises as :meth:`resume_or_load`."""
+        if not all(comm.all_gather(os.path.isfile(path))):
+            raise ConfigError(
+                f"--resume: not every process can read {path}: put OUTPUT_DIR on a disk that all "
+                "machines share"
             )
-        return [*others, Progress(self.cfg), writers, Results(self.cfg)]
+        checkpoint = read_checkpoint(path)
+        check_resumable(path, checkpoint, self.cfg, self.checkpointer.model, self.optimizer)
+        if comm.is_main_process():
+            log_differences(path, checkpoint, self.cfg)
+        self._saved_state = checkpoint.get("resume", {})
+        del checkpoint  # it is read again, and is large
+        self.checkpointer.load(path)
+        self.start_iter = self.iter + 1
+        if self._saved_state:
+            restore_process(
+                self._saved_state["processes"], self.checkpointer.model, self._checkpoints.loaders
+            )
+        if not isinstance(self.data_loader, ResumableLoader):
+            logger.warning(
+                "The training data has no position to return to (it is an IterableDataset, or "
+                "build_train_loader is your own): it begins anew"
+            )
+
+    def train(self) -> Any:
+        """Train from ``start_iter`` to ``max_iter``, and evaluate.
+
+        SIGTERM, SIGINT and SIGUSR1 stop it after the iteration, with a checkpoint.
+
+        Returns:
+            The metrics, if ``TEST.EXPECTED_RESULTS`` is set.
+
+        Raises:
+            Interrupted: a signal came; a SystemExit with code 75.
+            ConfigError: ``OUTPUT_DIR`` cannot be written to or is in use; ``model_final.pth``
+                cannot be written.
+        """
+        folder = self.cfg.OUTPUT_DIR
+        output.run_on_main_process(self._prepare_folder)
+        if self.start_iter >= self.max_iter:
+            logger.warning(
+                "Nothing is left to train: %d iterations are done, and SOLVER.MAX_ITER is %d",
+                *(self.start_iter, self.max_iter),
+            )
+        try:
+            with StopRequests() as self._requests:
+                return super().train()
+        finally:
+            output.release(folder)
+
+    def _prepare_folder(self) -> None:
+        folder = self.cfg.OUTPUT_DIR
+        output.claim(folder, begins=not self._resumes)
+        output.begin(folder, resumed=self._resumes)
+        try:
+            trim_metrics(Path(folder) / "metrics.json", self._last_written("JSONWriter"))
+        except OSError as error:
+            logger.warning("cannot write %s/metrics.json: %s", folder, error.strerror or error)
+
+    def _last_written(self, writer: str) -> int:
+        """The last iteration that a writer had written when the checkpoint was saved."""
+        return self._saved_state.get("writers", {}).get(writer, self.start_iter - 1)
+
+    def last_written(self) -> dict[str, int]:
+        """Name of a writer -> the last iteration that it wrote."""
+        return next((h.last_written() for h in self._hooks if isinstance(h, Writers)), {})
+
+    def before_train(self) -> None:
+        """Hooks, then the rest of the checkpoint: nothing that comes later changes it."""
+        super().before_train()
+        saved = self._saved_state
+        if not saved:
+            return
+        if comm.is_main_process():
+            load_storage_state(self.storage, saved["storage"])
+        for hook in self._hooks:
+            if isinstance(hook, Writers):
+                hook.set_last_written(saved["writers"])
+        if len(saved["processes"]) == comm.get_world_size():
+            load_random_state(saved["processes"][comm.get_rank()]["random"])
+        if saved["pending"] and self.start_iter < self.max_iter:
+            self._finish_iteration()
+
+    def _finish_iteration(self) -> None:
+        """Run the hooks that the interrupted training had not run after the checkpoint."""
+        self.iter = self.storage.iter = self.start_iter - 1
+        for hook in self._hooks[self._hooks.index(self._checkpoints) + 1 :]:
+            hook.after_step()
+        self._end_iteration()
+
+    def after_step(self) -> None:
+        """Hooks, then the checkpoint, then the answer to a signal."""
+        super().after_step()
+        self._end_iteration()
+
+    def _end_iteration(self) -> None:
+        self._checkpoints.end_iteration()
+        if self._requests.agreed():
+            self._say_interrupted(self._checkpoints.save_interrupted())
+            comm.synchronize()  # a launcher ends all processes when the first one ends
+            raise Interrupted
+
+    def _say_interrupted(self, saved: str) -> None:
+        """Say what a signal did.
+
+        Args:
+            saved: the checkpoint's name; "" if it could not be written.
+
+        Raises:
+            ConfigError: it could not.
+        """
+        if not comm.is_main_process():
+            return
+        name = "A signal" if self._requests.received is None else self._requests.received.name
+        done = self.iter + 1
+        if not saved:
+            raise ConfigError(
+                f"{name} stopped the training after iteration {done}, and it could not be saved: "
+                "make room, then --resume goes on from the last checkpoint"
+            )
+        path = os.path.join(self.cfg.OUTPUT_DIR, saved)
+        logger.warning(
+            "%s stopped the training after iteration %d, saved in %s: --resume continues it "
+            "(exit code %d)",
+            *(name, min(done, self.max_iter), path, EXIT_CODE),
+        )
+
+    def after_train(self) -> None:
+        """Hooks. Without an iteration left to train, ``iter`` is the number of those done."""
+        if self.start_iter >= self.max_iter:
+            self.iter = self.start_iter  # Detectron2 counts one more
+        super().after_train()
 
     @property
     def last_evaluation(self) -> Mapping[str, Any]:
@@ -134,12 +348,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Detectron2's training loader with the mapper that the config names.
+        """The training loader with the mapper that the config names.
 
-        It gives this process's part of each batch.
+        It gives this process's part of each batch, and can be resumed at any of them.
         """
-        mapper = DATASET_MAPPER_REGISTRY.build(cfg, True)
-        return build_detection_train_loader(cfg, mapper=mapper)
+        return build_train_loader(cfg, DATASET_MAPPER_REGISTRY.build(cfg, True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -190,8 +403,13 @@ class Trainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`. The checkpoint of Detectron2's trainer has no average."""
+        """Restore :meth:`state_dict`, except for what the config says of the optimizer.
+
+        The checkpoint of Detectron2's trainer has no average.
+        """
+        own = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         super().load_state_dict(state_dict)
+        keep_hyperparameters(self.optimizer, self.scheduler, own)
         normalizer = self._normalizer()
         if normalizer is not None and "loss_normalizer_ema" in state_dict:
             normalizer.ema.fill_(state_dict["loss_normalizer_ema"])
