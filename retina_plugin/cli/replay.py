@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import sys
 
 from tabulate import tabulate
 
-from retina_plugin.engine.console import console
+from retina_plugin.engine.console import LOGGERS, console
 from retina_plugin.engine.diagnosis import Diagnosis
 from retina_plugin.engine.replay import Replay, replay
 from retina_plugin.errors import ConfigError
@@ -100,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if len(args.opts) % 2:
         raise ConfigError(f"KEY VALUE pairs follow the file, got {' '.join(args.opts)}")
+    for name in LOGGERS:  # no log file here: only warnings, which the console prints
+        logging.getLogger(name).setLevel(logging.INFO)
     with console(0):
         result = replay(args.file, args.opts)
     print(report(result))
