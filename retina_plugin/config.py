@@ -177,6 +177,12 @@ KEYS: dict[str, Key] = {
         "gradients of its passes are added up for one step.",
         1,
     ),
+    "SOLVER.MAX_SKIPPED_STEPS": Key(
+        "Steps with a loss or gradient that is not finite, which a training may skip; at the next "
+        "one it stops with an error. 0: it stops at the first. A skipped step leaves the weights "
+        "as they were, and a warning names its images.",
+        0,
+    ),
     "TEST.PRECISION": Key(
         "Precision of inference. Decoding and NMS are always float32.",
         "float32",

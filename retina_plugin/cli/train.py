@@ -30,6 +30,7 @@ from retina_plugin.engine import (
     setup_cfg,
 )
 from retina_plugin.engine.console import console, start_log
+from retina_plugin.engine.finite import NonFiniteError
 from retina_plugin.engine.launch import run
 from retina_plugin.engine.report import draw_detections, log_results
 from retina_plugin.errors import ConfigError
@@ -57,6 +58,8 @@ def run_process(args: argparse.Namespace, cfg: CfgNode) -> None:
                 evaluate(cfg, model)
             else:
                 trainer.train()
+        except NonFiniteError as error:
+            fail(error, comm.get_local_rank())  # every process has it, with the same text
         except ConfigError as error:
             # Every process may print here: perhaps only this one read the broken image. If a
             # worker of the data loader raised the error, PyTorch has put the worker's traceback
@@ -64,7 +67,7 @@ def run_process(args: argparse.Namespace, cfg: CfgNode) -> None:
             sys.exit(f"error: {str(error).rpartition('ConfigError: ')[2].strip()}")
 
 
-def fail(error: ConfigError, local_rank: int) -> NoReturn:
+def fail(error: Exception, local_rank: int) -> NoReturn:
     """End with one line, from one process of each machine.
 
     The other processes meet the same error and end with status 0. With another status, the launcher

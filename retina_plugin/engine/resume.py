@@ -72,6 +72,10 @@ class ResumableTrainer(DefaultTrainer):
         if not path:
             self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=False)
             return
+        self.resume_from(path)
+
+    def resume_from(self, path: str) -> None:
+        """Continue from a checkpoint of ``OUTPUT_DIR``. Raises as :meth:`resume_or_load`."""
         if not all(comm.all_gather(os.path.isfile(path))):
             raise ConfigError(
                 f"--resume: not every process can read {path}: put OUTPUT_DIR on a disk that all "

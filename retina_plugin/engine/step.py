@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from retina_plugin.errors import ConfigError
+
+from .finite import StepGate
+from .step_record import StepRecord
+from .watch import StepWatch
 
 __all__ = ["LossLog", "StepTrainer"]
 
@@ -43,9 +48,14 @@ class StepTrainer(SimpleTrainer):
     times.
 
     The losses of ``log_period`` iterations are copied from the device together, and the rest of
-    them at ``max_iter``. With ``log_period`` 1, a loss that is not finite stops the training before
-    it reaches the weights. Otherwise it stops the training up to ``log_period - 1`` iterations
-    later, and the error names the first such iteration.
+    them at ``max_iter``.
+
+    A step whose total loss or gradient is not finite, in any process, does not change the model
+    (:class:`~retina_plugin.engine.finite.StepGate`). Up to ``max_skipped_steps`` of them are
+    skipped, each with a warning; the next one stops the training. The host reads that when it
+    writes the log, in ``check_finite`` and at ``max_iter``. So the stop can come ``log_period - 1``
+    iterations later, but the model is still the one before that step. Losses that are not finite
+    are not logged.
 
     Args:
         model: images and ground truth -> a dict of losses, or one loss.
@@ -56,6 +66,12 @@ class StepTrainer(SimpleTrainer):
         log_period: iterations whose losses are copied from the device together.
         grad_scaler: scales the loss, for float16. Its state is in the checkpoint, as
             ``AMPTrainer``'s is.
+        max_skipped_steps: steps that are not finite and may be skipped in the whole training.
+        write_record: called in the main process with what is known of a step that is not finite;
+            returns the file that it wrote. None: nothing is written.
+
+    Raises:
+        ConfigError: ``max_skipped_steps`` is negative.
     """
 
     def __init__(
@@ -68,6 +84,8 @@ class StepTrainer(SimpleTrainer):
         precision: torch.dtype | None = None,
         log_period: int = 1,
         grad_scaler: torch.amp.GradScaler | None = None,
+        max_skipped_steps: int = 0,
+        write_record: Callable[[StepRecord], Path] | None = None,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.passes = passes
@@ -77,13 +95,17 @@ class StepTrainer(SimpleTrainer):
         self.max_iter = 0  # set by train(), or by the trainer that calls run_step()
         self._log = LossLog()
         self._device_type = next(model.parameters()).device.type
+        self._gate = StepGate(model, optimizer, max_skipped_steps)
+        self._watch = StepWatch(self, max_skipped_steps)
+        self.write_record = write_record
 
     def run_step(self) -> None:
         """Forward and backward passes, the log, the optimizer's step.
 
         Raises:
             ConfigError: the batch cannot be split evenly into the passes.
-            FloatingPointError: a loss is not finite.
+            NonFiniteError: a loss or a gradient is not finite (a FloatingPointError), in all
+                processes.
         """
         assert self.model.training, "the model was changed to eval mode"
         start = time.perf_counter()
@@ -91,7 +113,9 @@ class StepTrainer(SimpleTrainer):
         data_time = time.perf_counter() - start
         # Before the forward pass, so that its activations can use the memory of the old gradients.
         self.optimizer.zero_grad()
-        parts = _split(data, self.passes)
+        self._watch.begin(data)
+        self._gate.before_forward()
+        parts = self.split(data)
         losses = self._run_pass(parts[0], last=len(parts) == 1)
         for i, part in enumerate(parts[1:], start=2):
             for name, loss in self._run_pass(part, last=i == len(parts)).items():
@@ -100,14 +124,58 @@ class StepTrainer(SimpleTrainer):
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, 1 / self.passes)
         self.after_backward()
-        self._log.add(self.iter, {k: v / self.passes for k, v in losses.items()}, data_time)
+        losses = {k: v / self.passes for k, v in losses.items()}
+        total = self._log.add(self.iter, losses, data_time)
+        self._watch.end(losses, self._gate.step(total, self.grad_scaler))
         if (self.iter + 1) % self.log_period == 0 or self.iter + 1 == self.max_iter:
-            self._log.write()
-        if self.grad_scaler is None:
-            self.optimizer.step()
-        else:
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
+            self._read(data)
+
+    def _read(self, data: list[Any] | None = None) -> None:
+        """Read the flags of the steps since the last time, and log their losses."""
+        stopped = self._watch.read(data)
+        if stopped is not None:
+            self._log.drop_from(stopped.iteration)
+        self._log.write()
+        if stopped is not None:
+            raise stopped.error
+
+    def check_finite(self) -> None:
+        """Raise if the model must not be saved. All processes must call it, before each save.
+
+        Synchronises once.
+
+        Raises:
+            NonFiniteError: a step since the last log was not finite and may not be skipped, or a
+                weight, a buffer or a number of the optimizer is not finite.
+        """
+        self._read()
+        self._watch.check_weights()
+
+    def stop_at_next(self) -> None:
+        """From now on, skip no more steps: stop at the next one that is not finite."""
+        self._gate.max_skipped = self._watch.max_skipped = self._watch.skipped
+
+    def losses_of(self, model: nn.Module, data: Sequence[Any]) -> dict[str, Tensor]:
+        """The losses of a model in the precision of this trainer."""
+        with torch.autocast(self._device_type, self.precision, enabled=self.precision is not None):
+            losses = model(data)
+        return {"total_loss": losses} if isinstance(losses, Tensor) else losses
+
+    def split(self, data: list[Any]) -> list[list[Any]]:
+        """The passes of a batch.
+
+        Raises:
+            ConfigError: it cannot be split evenly.
+        """
+        if self.passes == 1:
+            return [data]
+        if len(data) % self.passes:
+            raise ConfigError(
+                f"SOLVER.ACCUMULATE {self.passes}: the data loader gave {len(data)} images, which "
+                "cannot be split evenly; make it give a multiple"
+            )
+        size = len(data) // self.passes
+        return [data[i : i + size] for i in range(0, len(data), size)]
 
     def _run_pass(self, data: list[dict[str, Any]], last: bool) -> dict[str, Tensor]:
         """Add the gradients of one pass to the parameters, and return its losses."""
@@ -115,22 +183,20 @@ class StepTrainer(SimpleTrainer):
         if not last and isinstance(self.model, DistributedDataParallel):
             sync = self.model.no_sync()  # the processes exchange gradients in the last pass only
         with sync:
-            enabled = self.precision is not None
-            with torch.autocast(self._device_type, self.precision, enabled=enabled):
-                losses = self.model(data)
-                if isinstance(losses, Tensor):
-                    losses = {"total_loss": losses}
-                total = sum(losses.values())
+            losses = self.losses_of(self.model, data)
+            total = sum(losses.values())
             if self.grad_scaler is not None:
                 total = self.grad_scaler.scale(total)
             total.backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Detectron2's state, and the loss scaler's if there is one."""
+        """Detectron2's state, the loss scaler's, and the number of skipped steps, if there are any."""
         state = super().state_dict()
         if self.grad_scaler is not None:
             state["grad_scaler"] = self.grad_scaler.state_dict()
+        if self._watch.skipped:
+            state["skipped_steps"] = self._watch.skipped
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -138,18 +204,8 @@ class StepTrainer(SimpleTrainer):
         super().load_state_dict(state_dict)
         if self.grad_scaler is not None and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
-
-
-def _split(data: list[dict[str, Any]], passes: int) -> list[list[dict[str, Any]]]:
-    if passes == 1:
-        return [data]
-    if len(data) % passes:
-        raise ConfigError(
-            f"SOLVER.ACCUMULATE {passes}: the data loader gave {len(data)} images, which cannot be "
-            "split evenly; make it give a multiple"
-        )
-    size = len(data) // passes
-    return [data[i : i + size] for i in range(0, len(data), size)]
+        self._watch.skipped = state_dict.get("skipped_steps", 0)
+        self._gate.set_count(self._watch.skipped)
 
 
 class _Entry(NamedTuple):
@@ -170,20 +226,26 @@ class LossLog:
     def __init__(self) -> None:
         self._added: list[tuple[int, float, tuple[str, ...], Tensor]] = []
 
-    def add(self, iteration: int, losses: Mapping[str, Tensor], data_time: float) -> None:
-        """Keep the scalar losses of an iteration, and the seconds that it waited for data."""
+    def add(self, iteration: int, losses: Mapping[str, Tensor], data_time: float) -> Tensor:
+        """Keep the scalar losses of an iteration, and the seconds that it waited for data.
+
+        Returns:
+            The sum of the losses.
+        """
         values = torch.stack([loss.detach().float() for loss in losses.values()])
         self._added.append((iteration, data_time, tuple(losses), values))
+        return values.sum()
+
+    def drop_from(self, iteration: int) -> None:
+        """Forget this iteration and those after it."""
+        self._added = [x for x in self._added if x[0] < iteration]
 
     def write(self) -> None:
         """Put the added numbers into the event storage, each under its iteration.
 
-        A loss is the mean over the processes, ``data_time`` the longest of theirs. All processes
-        must call it, having added the same iterations.
-
-        Raises:
-            FloatingPointError: in the main process, if a loss is not finite. It names the first
-                such iteration; those before it are in the storage.
+        A loss is the mean over the processes, ``data_time`` the longest of theirs. Where the total
+        is not finite, the losses of the iteration are left out. All processes must call it, having
+        added the same iterations.
         """
         added, self._added = self._added, []
         if not added:
@@ -214,9 +276,7 @@ def _put(storage: EventStorage, entries: tuple[_Entry, ...]) -> None:
     means = {name: float(np.mean([entry.losses[name] for entry in entries])) for name in names}
     total = sum(means.values())
     if not np.isfinite(total):
-        raise FloatingPointError(
-            f"Loss became infinite or NaN at iteration={entries[0].iteration}!\nloss_dict = {means}"
-        )
+        return  # a skipped step; a mean with a NaN in it would hide the others of its window
     storage.put_scalar("total_loss", total)
     if len(means) > 1:
         storage.put_scalars(**means)

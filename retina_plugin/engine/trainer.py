@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import weakref
@@ -32,6 +33,7 @@ from .hooks import Evaluation, Progress, Results
 from .performance import Autocast, inference_dtype, prepare_model, training_dtype
 from .resume import ResumableTrainer
 from .step import StepTrainer
+from .step_record import write_record
 from .writers import Writers
 
 __all__ = ["Trainer"]
@@ -90,6 +92,8 @@ class Trainer(ResumableTrainer):
             # Copying the losses synchronises with the GPU: there as rarely as they are written.
             log_period=1 if cfg.MODEL.DEVICE == "cpu" else LOG_PERIOD,
             grad_scaler=torch.amp.GradScaler(device_type) if precision == torch.float16 else None,
+            max_skipped_steps=cfg.SOLVER.MAX_SKIPPED_STEPS,
+            write_record=functools.partial(write_record, cfg),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))

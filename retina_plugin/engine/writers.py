@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from detectron2.engine import hooks
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
 
 from retina_plugin.cache import atomic_write
 from retina_plugin.modeling.monitoring import LOG_PERIOD
@@ -54,6 +54,11 @@ class Writers(hooks.PeriodicWriter):
             if name not in self._failed:
                 logger.warning("%s cannot write: %s. The training goes on", name, error)
             self._failed.add(name)
+        except ZeroDivisionError:
+            # It divides by the iterations since it printed last: none, if an error ended the
+            # training. That error is the one to see.
+            if not isinstance(writer, CommonMetricPrinter):
+                raise
 
     def last_written(self) -> dict[str, int]:
         """Name of a writer -> the last iteration that it wrote."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -223,7 +224,8 @@ class FocalRetinaNet(DenseDetector):
         if self.device.type == "cpu" or (storage.iter + 1) % LOG_PERIOD == 0:
             level_sizes = dict(zip(self.head_in_features, map(len, level_anchors)))
             scalars = training_scalars(level_sizes, targets, cls_sums, cls_divisor_N)
-            storage.put_scalars(**scalars)
+            # What is not finite stops or skips the step, and would be no JSON in metrics.json.
+            storage.put_scalars(**{k: v for k, v in scalars.items() if math.isfinite(v)})
         if self.vis_period > 0 and storage.iter % self.vis_period == 0:
             detections = self.forward_inference(images, features, predictions)
             truth = first_image(images, gt_instances, self.pixel_mean, self.pixel_std)
