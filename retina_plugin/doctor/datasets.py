@@ -70,8 +70,8 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> I
             yield Finding(
                 _ERROR,
                 f"DATASETS.{split}",
-                'is empty: name a registered dataset, e.g. ("coco_2017_train",) or '
-                '("digits_scenes_train",)',
+                f'is empty: name a registered dataset, e.g. ("coco_2017_{split.lower()}",) or '
+                f'("digits_scenes_{split.lower()}",)'.replace("_test", "_val"),
             )
         for name in names:
             keys.setdefault(name, []).append(split)
@@ -140,7 +140,7 @@ def _check_content(cfg: CfgNode, name: str, roles: list[str]) -> tuple[list[Find
                 found.append(_difference(_ERROR, json_file, names, name, classes))
             classes = names or classes
             if train:
-                found += _check_boxes_left(cfg, json_file, content["annotations"])
+                found += _check_boxes_left(cfg, json_file, content.get("annotations"))
             root = metadata.get("image_root") or ""
             files = [os.path.join(root, file) for file in image_files(content)]
             found += _check_image_files(cfg, name, files, test)
