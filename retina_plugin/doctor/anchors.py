@@ -1,0 +1,300 @@
+"""How well anchors can cover ground truth: the best IoU of every box, in closed form.
+
+The anchors of a level are the same few shapes at every location of a grid. IoU grows with the
+overlap, and the overlap is a product of one factor of x and one of y. Each factor is greatest where
+the centres are nearest. So for a box and a shape the best location is known, and a box is compared
+with some dozen anchors instead of 200,000.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone
+from detectron2.modeling.anchor_generator import build_anchor_generator
+from detectron2.structures import BoxMode
+from torch import Tensor, nn
+
+from retina_plugin.errors import ConfigError
+
+__all__ = ["AnchorGrid", "GroundTruth", "resized_shapes", "training_sizes"]
+
+_CHUNK = 4096  # boxes at a time: their temporaries stay in the cache of a core
+_BOX_NUMBERS = 4
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """G boxes of I images, as training would see them, except for the resizing.
+
+    Args:
+        boxes_G4: XYXY in pixels of the images, clipped to them, with an area; float64.
+        classes_G: their classes, in [0, K).
+        image_G: their images, in [0, I).
+        shapes_I2: (height, width) of the images.
+        files: names of the images' files.
+        num_dropped: boxes that training does not see or cannot read: crowds, boxes without area
+            or outside the image, what is no box.
+    """
+
+    boxes_G4: np.ndarray
+    classes_G: np.ndarray
+    image_G: np.ndarray
+    shapes_I2: np.ndarray
+    files: tuple[str, ...]
+    num_dropped: int = 0
+
+    @classmethod
+    def from_records(cls, records: Iterable[dict[str, Any]]) -> GroundTruth:
+        """Read Detectron2's dataset records. An image whose size is not recorded is left out."""
+        boxes, classes, images, shapes, files = [], [], [], [], []
+        num_dropped = 0
+        for record in records:
+            height, width = record.get("height"), record.get("width")
+            annotations = record.get("annotations") or ()
+            if not _is_positive(height) or not _is_positive(width):
+                num_dropped += len(annotations)
+                continue
+            for annotation in annotations:
+                box = None if annotation.get("iscrowd", 0) else _box(annotation)
+                if box is None:
+                    num_dropped += 1
+                    continue
+                boxes.append(box)
+                classes.append(annotation["category_id"])
+                images.append(len(shapes))
+            shapes.append((height, width))
+            files.append(str(record.get("file_name", "")))
+        boxes_G4 = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+        image_G = np.array(images, dtype=np.int64)
+        shapes_I2 = np.array(shapes, dtype=np.int64).reshape(-1, 2)
+        limits_G2 = shapes_I2[image_G][:, ::-1]
+        boxes_G4 = np.minimum(boxes_G4.clip(min=0), np.tile(limits_G2, 2))
+        # Detectron2's filter_empty_instances; False for NaN
+        seen = ((boxes_G4[:, 2:] - boxes_G4[:, :2]) > 1e-5).all(axis=1)
+        return cls(
+            boxes_G4[seen],
+            np.array(classes, dtype=np.int64)[seen],
+            image_G[seen],
+            shapes_I2,
+            tuple(files),
+            num_dropped + int((~seen).sum()),
+        )
+
+    def resized(self, short: int, max_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(G, 4) boxes and (I, 2) shapes after Detectron2's resizing, see ``resized_shapes``."""
+        shapes_I2 = resized_shapes(self.shapes_I2, short, max_size)
+        scale_I2 = shapes_I2 / self.shapes_I2
+        return self.boxes_G4 * np.tile(scale_I2[self.image_G][:, ::-1], 2), shapes_I2
+
+    def take(self, index: np.ndarray) -> GroundTruth:
+        """Some of the boxes; the images stay."""
+        return GroundTruth(
+            self.boxes_G4[index],
+            self.classes_G[index],
+            self.image_G[index],
+            self.shapes_I2,
+            self.files,
+        )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and value > 0
+
+
+def _box(annotation: dict[str, Any]) -> list[float] | None:
+    """XYXY in pixels; None if there is no readable box. Other checks say what is wrong with it."""
+    box, mode = annotation.get("bbox"), annotation.get("bbox_mode")
+    if box is None or isinstance(box, str) or len(box) != _BOX_NUMBERS:
+        return None
+    if not isinstance(annotation.get("category_id"), (int, np.integer)):
+        return None
+    try:
+        x, y, a, b = map(float, box)
+    except (TypeError, ValueError):
+        return None
+    if mode == BoxMode.XYWH_ABS:
+        return [x, y, x + a, y + b]
+    return [x, y, a, b] if mode == BoxMode.XYXY_ABS else None
+
+
+def training_sizes(cfg: CfgNode) -> list[int]:
+    """The shorter sides of ``INPUT.MIN_SIZE_TRAIN``; five of them for "range"."""
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    sizes = [sizes] if isinstance(sizes, int) else list(sizes)
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
+        return sorted({round(size) for size in np.linspace(min(sizes), max(sizes), 5)})
+    return sizes  # one that stands there twice is drawn twice as often
+
+
+def resized_shapes(shapes_I2: np.ndarray, short: int, max_size: int) -> np.ndarray:
+    """(I, 2) (height, width) after Detectron2's ``ResizeShortestEdge``; ``short`` 0: unchanged."""
+    if short == 0:
+        return shapes_I2
+    height, width = shapes_I2.T.astype(np.float64)
+    # the same operations in the same order as in ResizeShortestEdge.get_output_shape
+    scale = float(short) / np.minimum(height, width)
+    new = np.stack(
+        [
+            np.where(height < width, short, scale * height),
+            np.where(height < width, scale * width, short),
+        ]
+    )
+    longer = new.max(axis=0)
+    new *= np.where(longer > max_size, max_size / longer, 1.0)
+    return (new + 0.5).astype(np.int64).T
+
+
+@dataclass(frozen=True)
+class AnchorGrid:
+    """The anchors of all levels as shapes on grids.
+
+    Args:
+        names: the L levels ("p3").
+        cells: per level (A, 4), the anchors of the first location, XYXY in pixels; float64.
+        steps: per level (x, y), pixels from one location to the next.
+        strides: per level, pixels of the input for one of the feature map.
+        divisibility, square: the backbone's padding (``size_divisibility``, ``square_size``).
+        generator: the anchor generator itself.
+    """
+
+    names: tuple[str, ...]
+    cells: tuple[np.ndarray, ...]
+    steps: tuple[tuple[float, float], ...]
+    strides: tuple[int, ...]
+    divisibility: int
+    square: int
+    generator: nn.Module
+
+    @classmethod
+    def from_cfg(cls, cfg: CfgNode) -> AnchorGrid:
+        """The anchors that a config's model has.
+
+        The backbone is built without memory, for its strides; the anchor generator is built as the
+        model builds it.
+
+        Raises:
+            ConfigError: ``IN_FEATURES`` names a feature that the backbone does not have, or the
+                anchor generator's anchors are not the same boxes at every location.
+        """
+        with torch.device("meta"):
+            backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        names = tuple(cfg.MODEL.RETINANET.IN_FEATURES)
+        for name in names:
+            if name not in shapes:
+                raise ConfigError(
+                    f"MODEL.RETINANET.IN_FEATURES: the backbone has no feature '{name}'; "
+                    f"known: {', '.join(shapes)}"
+                )
+        constraints = backbone.padding_constraints
+        return cls.from_generator(
+            build_anchor_generator(cfg, [shapes[name] for name in names]),
+            names,
+            tuple(int(shapes[name].stride) for name in names),
+            constraints.get("size_divisibility", backbone.size_divisibility),
+            constraints.get("square_size", 0),
+        )
+
+    @classmethod
+    def from_generator(
+        cls,
+        generator: nn.Module,
+        names: tuple[str, ...],
+        strides: tuple[int, ...],
+        divisibility: int,
+        square: int = 0,
+    ) -> AnchorGrid:
+        """Ask a generator for the anchors of 2 x 2 locations, which tell shapes and steps."""
+        features = [torch.empty(1, 1, 2, 2) for _ in names]
+        cells, steps = [], []
+        for boxes in generator(features):
+            anchors = boxes.tensor.double().numpy()
+            if anchors.shape[1] != _BOX_NUMBERS or len(anchors) % len(features[0].flatten()):
+                raise ConfigError(
+                    f"MODEL.ANCHOR_GENERATOR.NAME {type(generator).__name__}: its anchors are not "
+                    "boxes of four numbers, so their fit cannot be measured"
+                )
+            anchors = anchors.reshape(2, 2, -1, 4)
+            right, down = anchors[0, 1] - anchors[0, 0], anchors[1, 0] - anchors[0, 0]
+            x, y = float(np.median(right[:, 0])), float(np.median(down[:, 1]))
+            rounding = 1e-6 * max(1.0, np.abs(anchors).max())  # they are float32
+            if not np.allclose(right, [x, 0, x, 0], rtol=0, atol=rounding) or not np.allclose(
+                down, [0, y, 0, y], rtol=0, atol=rounding
+            ):
+                raise ConfigError(
+                    f"MODEL.ANCHOR_GENERATOR.NAME {type(generator).__name__}: its anchors are not "
+                    "the same boxes at every location, so their fit cannot be measured"
+                )
+            cells.append(anchors[0, 0])
+            steps.append((x, y))
+        return cls(names, tuple(cells), tuple(steps), strides, divisibility, square, generator)
+
+    @property
+    def num_cell_anchors(self) -> int:
+        """A, the anchors at a location."""
+        return len(self.cells[0])
+
+    def map_shapes(self, shapes_I2: np.ndarray) -> np.ndarray:
+        """(I, L, 2) rows and columns of the feature maps of images of these shapes, padded."""
+        padded = shapes_I2 if self.square <= 0 else np.full_like(shapes_I2, self.square)
+        if self.divisibility > 1:
+            padded = -(-padded // self.divisibility) * self.divisibility
+        return -(-padded[:, None] // np.array(self.strides)[None, :, None])
+
+    def anchors(self, map_shapes_L2: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Per level (Hi*Wi*A, 4), the anchors of one image, from the generator."""
+        features = [torch.empty(1, 1, int(rows), int(columns)) for rows, columns in map_shapes_L2]
+        return [boxes.tensor for boxes in self.generator(features)]
+
+    def best_iou(self, boxes_G4: np.ndarray, map_shapes_GL2: np.ndarray) -> np.ndarray:
+        """(G,) the highest IoU of each box with an anchor of its image; float64.
+
+        Args:
+            boxes_G4: XYXY in pixels of the network's input.
+            map_shapes_GL2: (G, L, 2) rows and columns of the feature maps of each box's image.
+        """
+        best_G = np.zeros(len(boxes_G4))
+        for start in range(0, len(boxes_G4), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            boxes = boxes_G4[part].T[:, :, None]  # (4, g, 1)
+            area = (boxes[2] - boxes[0]) * (boxes[3] - boxes[1])
+            for level, (cells_A4, steps) in enumerate(zip(self.cells, self.steps)):
+                overlap = 1.0
+                for axis, step in enumerate(steps):
+                    low, high = cells_A4[:, axis], cells_A4[:, axis + 2]
+                    last = map_shapes_GL2[part, level, 1 - axis, None] - 1
+                    overlap = overlap * _best_overlap(
+                        boxes[axis], boxes[axis + 2], low, high, step, last
+                    )
+                sides = cells_A4[:, 2:] - cells_A4[:, :2]
+                iou = overlap / (area + sides.prod(axis=1) - overlap)
+                np.maximum(best_G[part], iou.max(axis=1), out=best_G[part])
+        return best_G
+
+
+def _best_overlap(
+    box_low: np.ndarray,
+    box_high: np.ndarray,
+    low_A: np.ndarray,
+    high_A: np.ndarray,
+    step: float,
+    last: np.ndarray,
+) -> np.ndarray:
+    """(g, A) longest overlap of an interval with an anchor's, over the locations 0 to ``last``.
+
+    It is greatest where the centres are nearest, and falls to both sides. So the nearest location
+    is the best one, and the border's if that lies outside the grid.
+    """
+    centre_A = (low_A + high_A) / 2
+    if np.ptp(centre_A) == 0:
+        centre_A = centre_A[:1]  # usual: all anchors of a location have one centre
+    location = np.rint(((box_low + box_high) / 2 - centre_A) / step)
+    shift = np.clip(location, 0, last) * step
+    overlap = np.minimum(box_high, high_A + shift) - np.maximum(box_low, low_A + shift)
+    return overlap.clip(min=0)
