@@ -52,10 +52,14 @@ class GroundTruth:
     @classmethod
     def from_records(cls, records: Iterable[dict[str, Any]]) -> GroundTruth:
         """Read Detectron2's dataset records. An image whose size is not recorded is left out."""
-        boxes, classes, images, shapes, files = [], [], [], [], []
+        boxes: list[list[float]] = []
+        classes: list[int] = []
+        images: list[int] = []  # one a box
+        shapes: list[tuple[int, int]] = []
+        files: list[str] = []
         num_dropped = 0
         for record in records:
-            height, width = record.get("height"), record.get("width")
+            height, width = record.get("height", 0), record.get("width", 0)
             annotations = record.get("annotations") or ()
             if not _is_positive(height) or not _is_positive(width):
                 num_dropped += len(annotations)
@@ -68,7 +72,7 @@ class GroundTruth:
                 boxes.append(box)
                 classes.append(annotation["category_id"])
                 images.append(len(shapes))
-            shapes.append((height, width))
+            shapes.append((int(height), int(width)))
             files.append(str(record.get("file_name", "")))
         boxes_G4 = np.array(boxes, dtype=np.float64).reshape(-1, 4)
         image_G = np.array(images, dtype=np.int64)
@@ -104,7 +108,7 @@ class GroundTruth:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and value > 0
+    return isinstance(value, (int, float, np.number)) and bool(value > 0)
 
 
 def _box(annotation: dict[str, Any]) -> list[float] | None:
@@ -265,7 +269,7 @@ class AnchorGrid:
             boxes = boxes_G4[part].T[:, :, None]  # (4, g, 1)
             area = (boxes[2] - boxes[0]) * (boxes[3] - boxes[1])
             for level, (cells_A4, steps) in enumerate(zip(self.cells, self.steps)):
-                overlap = 1.0
+                overlap = np.ones(1)
                 for axis, step in enumerate(steps):
                     low, high = cells_A4[:, axis], cells_A4[:, axis + 2]
                     last = map_shapes_GL2[part, level, 1 - axis, None] - 1

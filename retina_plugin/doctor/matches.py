@@ -12,8 +12,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 
 from retina_plugin.errors import ConfigError
 from retina_plugin.losses.targets import IGNORED
-from retina_plugin.modeling import FocalRetinaNet
-from retina_plugin.modeling.matcher import AnchorMatcher
+from retina_plugin.modeling import AnchorMatcher, FocalRetinaNet
 
 from .anchors import AnchorGrid, GroundTruth, training_sizes
 
@@ -113,8 +112,9 @@ def match_sample(
         assigned = matches.gt[matches.label == 0].numpy()
         boxes += len(own)
         boxes_without += len(own) - len(np.unique(assigned))
-        of_class = np.bincount(gt.classes_G[own][assigned], minlength=num_classes)
-        positives_K += of_class[:num_classes]
+        classes = gt.classes_G[own][assigned]
+        classes = classes[(classes >= 0) & (classes < num_classes)]
+        positives_K += np.bincount(classes, minlength=num_classes)
     positives_L = np.sum(positives_NL, axis=0)
     return MatchedSample(
         images=len(anchors_N),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -26,9 +27,13 @@ __all__ = [
 ]
 
 # COCO's small, medium and large, as areas in pixels
-_AREAS = {"small (< 32 px)": 0, "medium (32-96 px)": 32**2, "large (> 96 px)": 96**2}
+_AREAS: dict[str, float] = {
+    "small (< 32 px)": 0,
+    "medium (32-96 px)": 32**2,
+    "large (> 96 px)": 96**2,
+}
 # height over width
-_RATIOS = {
+_RATIOS: dict[str, float] = {
     "h/w < 1/4": 0,
     "h/w 1/4 to 1/2": 1 / 4,
     "h/w 1/2 to 1": 1 / 2,
@@ -123,7 +128,7 @@ def anchor_fit(
     iou_TG = measured.iou_TG
     is_lower, is_upper = iou_TG >= lower, iou_TG >= upper
 
-    def group(name: str, of: np.ndarray | slice) -> Group:
+    def group(name: str, of: Any) -> Group:
         low, up = is_lower[of], is_upper[of]
         share = (float(low.mean()), float(up.mean())) if low.size else (0.0, 0.0)
         return Group(name, low.size / len(sizes), *share)
@@ -157,7 +162,8 @@ def anchor_fit(
             Unreached(
                 gt.files[gt.image_G[g]],
                 _name(class_names, int(gt.classes_G[g])),
-                *map(float, sides_G2[g]),
+                float(sides_G2[g, 0]),
+                float(sides_G2[g, 1]),
                 float(iou_TG[:, g].max()),
             )
             for g in unreached[:_EXAMPLES]
