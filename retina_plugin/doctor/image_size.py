@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from detectron2.config import CfgNode
 
-from .anchors import AnchorGrid, GroundTruth, resized_shapes
+from .anchors import AnchorGrid
 from .findings import Finding, Severity
+from .ground_truth import GroundTruth, resized_shapes
 from .recall import AnchorFit, measure, percent, pixels
 
 __all__ = ["scaled_sizes", "size_findings", "size_setting", "spread"]
@@ -18,6 +19,7 @@ _MANY_MISSED = 0.1  # share of a class's boxes below the IoU of a positive ancho
 _CLASSES = 5  # that get a finding of their own
 _FACTORS = (1.5, 2, 3, 4, 0.75, 0.5)  # of the image size
 _SOLVED = 0.01  # a share of missed boxes that no larger size has to improve
+_OTHER_ANCHORS = "take other MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS"
 _BOXES = 20_000  # of a class, for another image size: more would change no digit
 
 
@@ -41,6 +43,9 @@ def size_findings(
             f"class '{class_names[index]}': {percent(share)} of its {group.boxes:,.0f} boxes lie "
             f"below IoU {fit.upper_iou:g} at {pixels(fit.sizes)}"
         )
+        if 0 in fit.sizes:  # 0: not resized
+            yield Finding(Severity.WARNING, key, text, f"resize the images, or {_OTHER_ANCHORS}")
+            continue
         sizes, max_size, other = _best_size(
             cfg, grid, gt, fit, np.flatnonzero(gt.classes_G == index)
         )
@@ -58,8 +63,7 @@ def size_findings(
                 Severity.WARNING,
                 key,
                 f"{text}, and still {at}",
-                "another size does not help; take other MODEL.ANCHOR_GENERATOR.SIZES and "
-                "ASPECT_RATIOS",
+                f"another size does not help: {_OTHER_ANCHORS}",
             )
     if missed[_CLASSES:]:
         names = ", ".join(class_names[index] for _, index in missed[_CLASSES:])

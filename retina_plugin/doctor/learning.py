@@ -13,8 +13,8 @@ from detectron2.config import CfgNode
 from retina_plugin.losses import CLS_LOSS_REGISTRY
 from retina_plugin.modeling import LossNormalizer, prior_bias
 
-from .anchors import GroundTruth
 from .findings import Finding, Severity
+from .ground_truth import GroundTruth
 from .matches import MatchedSample
 from .recall import percent
 

@@ -14,7 +14,8 @@ from retina_plugin.errors import ConfigError
 from retina_plugin.losses.targets import IGNORED
 from retina_plugin.modeling import AnchorMatcher, FocalRetinaNet
 
-from .anchors import AnchorGrid, GroundTruth, training_sizes
+from .anchors import AnchorGrid
+from .ground_truth import GroundTruth, training_sizes
 
 __all__ = ["MatchedSample", "has_anchors", "iou_limits", "low_quality_matches", "match_sample"]
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 
-from .anchors import AnchorGrid, GroundTruth, training_sizes
+from .anchors import AnchorGrid
 from .findings import Finding, Severity
+from .ground_truth import GroundTruth, training_sizes
 from .matches import MatchedSample, iou_limits, low_quality_matches, match_sample
 
 __all__ = [
@@ -42,7 +43,8 @@ _RATIOS: dict[str, float] = {
     "h/w > 4": 4,
 }
 
-_EXAMPLES = 5  # files and classes that a finding names
+_EXAMPLES = 5  # boxes on the page
+_NAMED = 2  # boxes in a finding
 _FEW_BOXES = 10  # of a class; a share of fewer says little
 _MANY_MISSED = 0.1  # share of a class's boxes below the IoU of a positive anchor: worth a warning
 _MANY_UNREACHED = 0.01  # share of all boxes that no anchor reaches: the same
@@ -148,7 +150,7 @@ def anchor_fit(
         dropped=gt.num_dropped,
         total=group("all", slice(None)),
         by_training_size=tuple(
-            Group(f"{size} px", iou_TG.shape[1], float(low.mean()), float(up.mean()))
+            Group(pixels([size]), iou_TG.shape[1], float(low.mean()), float(up.mean()))
             for size, low, up in zip(sizes, is_lower, is_upper)
         ),
         by_class=tuple(
@@ -205,7 +207,7 @@ def anchor_findings(fit: AnchorFit) -> Iterator[Finding]:
             + "; ".join(
                 f"{box.file}: '{box.label}', {box.width:.4g} x {box.height:.4g} px, "
                 f"IoU {int(box.iou * 1000) / 1000:g}"
-                for box in fit.unreached_first
+                for box in fit.unreached_first[:_NAMED]
             ),
             _RESCUE[fit.low_quality],
         )
@@ -251,6 +253,8 @@ _MORE_MATCHES = "always makes the nearest anchors of every box positive"
 def pixels(sizes: Sequence[int]) -> str:
     """ "800 px", or "640 to 800 px" for several."""
     low, high = min(sizes), max(sizes)
+    if low == 0:
+        return "0 (not resized)" if high == 0 else f"0 (not resized) to {high} px"
     return f"{low} px" if low == high else f"{low} to {high} px"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,10 +15,11 @@ from detectron2.data import MetadataCatalog
 
 from retina_plugin.errors import ConfigError
 
-from .anchors import AnchorGrid, GroundTruth
+from .anchors import AnchorGrid
 from .datasets import dataset_records
 from .findings import Finding, Severity
 from .flips import flip_findings
+from .ground_truth import GroundTruth
 from .image_size import size_findings
 from .learning import (
     ClassCount,
@@ -158,12 +159,24 @@ def examine_training(
     state: dict[str, Any] = {"images": 0}
 
     def read() -> Iterator[Finding]:
-        records = [record for name in cfg.DATASETS.TRAIN for record in dataset_records(name)]
+        records: list[Any] = []
+        for name in cfg.DATASETS.TRAIN:
+            try:
+                loaded = dataset_records(name)
+            except ConfigError:
+                if report.count(Severity.ERROR):
+                    return  # said already
+                raise
+            if not isinstance(loaded, list):  # it may also be a dataset of PyTorch
+                yield Finding(
+                    Severity.NOTE, name, "is no list of records: its boxes are not examined"
+                )
+                return
+            records += loaded
         state["gt"] = GroundTruth.from_records(records)
         filtered = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         state["images"] = sum(not filtered or _has_object(record) for record in records)
         state["names"] = _class_names(cfg)
-        yield from ()
 
     def classes() -> Iterator[Finding]:
         report.classes = class_counts(state["gt"], state["names"])
@@ -197,11 +210,14 @@ def examine_training(
         yield from step_findings(cfg, report.step)
 
     report.run("training set", read)
-    report.run("schedule", lambda: schedule_findings(cfg, state["images"]))
+    if not _has_error(report, "SOLVER."):
+        report.run("schedule", lambda: schedule_findings(cfg, state["images"]))
     if "names" in state:
         report.run("mirrored classes", lambda: flip_findings(cfg, state["names"]))
         report.run("classes", classes)
-    if "names" in state and len(state["gt"].boxes_G4) and has_anchors(cfg):
+    # A config that cannot be built has no anchors.
+    buildable = not _has_error(report, "MODEL.", "INPUT.MIN_SIZE", "INPUT.MAX_SIZE")
+    if buildable and "names" in state and len(state["gt"].boxes_G4) and has_anchors(cfg):
         report.run("anchors", anchors)
         if report.anchors is not None:
             report.run("image size", sizes)
@@ -211,8 +227,21 @@ def examine_training(
         report.run("one step", step)
 
 
-def _has_object(record: Mapping[str, Any]) -> bool:
-    return any(not a.get("iscrowd", 0) for a in record.get("annotations") or ())
+def _has_error(report: Report, *keys: str) -> bool:
+    """Whether a key that begins so is impossible; missing weights and another K do not count."""
+    return any(
+        finding.severity is Severity.ERROR
+        and finding.where.startswith(keys)
+        and finding.where not in ("MODEL.WEIGHTS", "MODEL.RETINANET.NUM_CLASSES")
+        for _, finding in report.findings
+    )
+
+
+def _has_object(record: Any) -> bool:
+    annotations = record.get("annotations") if isinstance(record, dict) else None
+    if not isinstance(annotations, (list, tuple)):
+        return False
+    return any(isinstance(a, dict) and not a.get("iscrowd", 0) for a in annotations)
 
 
 def _class_names(cfg: CfgNode) -> list[str]:

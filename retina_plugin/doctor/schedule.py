@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 from detectron2.config import CfgNode
@@ -21,7 +20,7 @@ _LONG_WARM_UP = 0.2  # share of a training
 
 
 def schedule_findings(cfg: CfgNode, num_images: int) -> Iterator[Finding]:
-    """Checks of ``SOLVER``.
+    """Values of ``SOLVER`` that are possible, but perhaps not meant.
 
     Args:
         cfg: the config.
@@ -36,14 +35,6 @@ def schedule_findings(cfg: CfgNode, num_images: int) -> Iterator[Finding]:
 
 def _rate(cfg: CfgNode) -> Iterator[Finding]:
     solver = cfg.SOLVER
-    if solver.BASE_LR <= 0:
-        yield Finding(
-            Severity.ERROR,
-            "SOLVER.BASE_LR",
-            f"{solver.BASE_LR:g} is no learning rate",
-            "set a positive one",
-        )
-        return
     rule = _RATE * solver.IMS_PER_BATCH / _BATCH
     factor = solver.BASE_LR / rule
     if 1 / _NEAR <= factor <= _NEAR:
@@ -62,40 +53,13 @@ def _rate(cfg: CfgNode) -> Iterator[Finding]:
 
 
 def _steps(cfg: CfgNode) -> Iterator[Finding]:
-    solver = cfg.SOLVER
-    if solver.LR_SCHEDULER_NAME != "WarmupMultiStepLR":
-        return
-    steps, last = list(solver.STEPS), solver.MAX_ITER
-    if any(b <= a for a, b in itertools.pairwise(steps)) or (steps and steps[0] <= 0):
-        yield Finding(
-            Severity.ERROR,
-            "SOLVER.STEPS",
-            f"{tuple(steps)} must be positive and increase",
-            "put them in order, each once",
-        )
-    elif last in steps:
-        yield Finding(
-            Severity.ERROR,
-            "SOLVER.STEPS",
-            f"{tuple(steps)} has SOLVER.MAX_ITER {last}, which Detectron2's schedule refuses",
-            "take this step out, or raise SOLVER.MAX_ITER",
-        )
-    if any(step > last for step in steps):
-        late = [step for step in steps if step > last]
-        yield Finding(
-            Severity.WARNING,
-            "SOLVER.STEPS",
-            f"{', '.join(map(str, late))} lies behind SOLVER.MAX_ITER {last}: the learning rate "
-            f"drops {len(steps) - len(late)} times, not {len(steps)} times",
-            "change STEPS together with MAX_ITER; the paper's are 2/3 and 8/9 of it: "
-            f"({round(last * 2 / 3)}, {round(last * 8 / 9)})",
-        )
-    elif not steps:
+    last = cfg.SOLVER.MAX_ITER
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and not cfg.SOLVER.STEPS:
         yield Finding(
             Severity.NOTE,
             "SOLVER.STEPS",
             "is empty: the learning rate never drops",
-            f"the paper's are 2/3 and 8/9 of MAX_ITER: ({round(last * 2 / 3)}, "
+            f"the paper's are 2/3 and 8/9 of SOLVER.MAX_ITER: ({round(last * 2 / 3)}, "
             f"{round(last * 8 / 9)})",
         )
 
@@ -105,15 +69,9 @@ def _warm_up(cfg: CfgNode) -> Iterator[Finding]:
     warm_up, last = solver.WARMUP_ITERS, solver.MAX_ITER
     key = "SOLVER.WARMUP_ITERS"
     steps = [step for step in solver.STEPS if step < last]
-    if warm_up > 0 and warm_up >= last:
-        yield Finding(
-            Severity.WARNING,
-            key,
-            f"{warm_up} iterations, but the training has SOLVER.MAX_ITER {last}: the learning "
-            "rate never reaches SOLVER.BASE_LR",
-            f"set it to {max(1, last // 20)}",
-        )
-    elif solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and steps and warm_up > steps[0]:
+    if warm_up >= last:
+        return  # check_config says it
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and steps and warm_up > steps[0]:
         yield Finding(
             Severity.WARNING,
             key,

@@ -9,8 +9,9 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 
-from .anchors import AnchorGrid, GroundTruth
+from .anchors import AnchorGrid
 from .findings import Finding, Severity
+from .ground_truth import GroundTruth
 from .image_size import scaled_sizes, size_setting, spread
 from .recall import AnchorFit, Group, measure, percent, pixels
 
@@ -93,7 +94,7 @@ def suggest_anchors(
             if search.recall(other) > recall + _CLEAR_GAIN:
                 found, recall = other, search.recall(other)
     for factor in _FACTORS:
-        if recall < _ENOUGH:
+        if recall < _ENOUGH and 0 not in fit.sizes:  # 0: not resized
             other_sizes, other_max = scaled_sizes(cfg, gt, fit.sizes, factor)
             other_search = _Search(grid, gt, other_sizes, other_max, fit)
             other = other_search.best(octave, len(ratios), ratios)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import resource
@@ -75,6 +76,7 @@ def _death(cfg: CfgNode, exit_code: int | None) -> str:
 
 
 def _run(cfg: CfgNode, processes: int, sender: Connection) -> None:
+    logging.disable(logging.WARNING)  # what a training says has no place between findings
     try:
         import_user_modules(cfg)
         with tempfile.TemporaryDirectory() as folder:
