@@ -21,6 +21,8 @@ class GroundTruth:
         boxes_G4: XYXY in pixels of the images, clipped to them, with an area; float64.
         classes_G: their classes, in [0, K).
         image_G: their images, in [0, I).
+        whole_G: whether all four numbers are integers. Detectron2 resizes such a box in integers:
+            fractions are cut off.
         shapes_I2: (height, width) of the images.
         files: names of the images' files.
         num_dropped: boxes that training does not see or cannot read: crowds, boxes without area
@@ -30,6 +32,7 @@ class GroundTruth:
     boxes_G4: np.ndarray
     classes_G: np.ndarray
     image_G: np.ndarray
+    whole_G: np.ndarray
     shapes_I2: np.ndarray
     files: tuple[str, ...]
     num_dropped: int = 0
@@ -44,6 +47,7 @@ class GroundTruth:
         boxes: list[list[float]] = []
         classes: list[int] = []
         images: list[int] = []  # one a box
+        whole: list[bool] = []
         shapes: list[tuple[int, int]] = []
         files: list[str] = []
         num_dropped = 0
@@ -64,6 +68,7 @@ class GroundTruth:
                 boxes.append(box)
                 classes.append(annotation["category_id"])
                 images.append(len(shapes))
+                whole.append(all(isinstance(x, (int, np.integer)) for x in annotation["bbox"]))
             shapes.append((int(height), int(width)))
             files.append(str(record.get("file_name", "")))
         boxes_G4 = np.array(boxes, dtype=np.float64).reshape(-1, 4)
@@ -77,6 +82,7 @@ class GroundTruth:
             boxes_G4[seen],
             np.array(classes, dtype=np.int64)[seen],
             image_G[seen],
+            np.array(whole, dtype=bool)[seen],
             shapes_I2,
             tuple(files),
             num_dropped + int((~seen).sum()),
@@ -86,7 +92,9 @@ class GroundTruth:
         """(G, 4) boxes and (I, 2) shapes after Detectron2's resizing, see ``resized_shapes``."""
         shapes_I2 = resized_shapes(self.shapes_I2, short, max_size)
         scale_I2 = shapes_I2 / self.shapes_I2
-        return self.boxes_G4 * np.tile(scale_I2[self.image_G][:, ::-1], 2), shapes_I2
+        boxes_G4 = self.boxes_G4 * np.tile(scale_I2[self.image_G][:, ::-1], 2)
+        boxes_G4[self.whole_G] = np.floor(boxes_G4[self.whole_G])
+        return boxes_G4, shapes_I2
 
     def take(self, index: np.ndarray) -> GroundTruth:
         """Some of the boxes; the images stay."""
@@ -94,6 +102,7 @@ class GroundTruth:
             self.boxes_G4[index],
             self.classes_G[index],
             self.image_G[index],
+            self.whole_G[index],
             self.shapes_I2,
             self.files,
         )
