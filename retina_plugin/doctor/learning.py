@@ -142,22 +142,21 @@ def first_loss(cfg: CfgNode, sample: MatchedSample, processes: int = 1) -> First
         decide.
     """
     retinanet = cfg.MODEL.RETINANET
-    if retinanet.SAMPLER != "AllAnchors" or not sum(sample.positives_N):
+    if retinanet.SAMPLER != "AllAnchors" or not sum(map(sum, sample.positives_NK)):
         return None
     loss = CLS_LOSS_REGISTRY.build(cfg)
     bias = prior_bias(retinanet.PRIOR_PROB)
     at_positive, at_negative = loss.value(torch.tensor([bias, -bias], dtype=torch.float64)).tolist()
     K = retinanet.NUM_CLASSES
-    # (K,) weights; the positives' share of each class
     positive_K = np.broadcast_to(np.asarray(loss.positive_weight, dtype=np.float64), K)
     negative_K = np.broadcast_to(np.asarray(loss.negative_weight, dtype=np.float64), K)
-    share_K = np.zeros(K)
-    known = np.array(sample.positives_K[:K], dtype=np.float64)
-    share_K[: len(known)] = known / max(known.sum(), 1)
-    F_N = np.array(sample.positives_N, dtype=np.float64)
+    F_NK = np.zeros((sample.images, K))
+    known_NK = np.array(sample.positives_NK)[:, :K]
+    F_NK[:, : known_NK.shape[1]] = known_NK
+    F_N = F_NK.sum(axis=1)
     V_N = np.array(sample.anchors_N) - np.array(sample.ignored_N)
-    foreground_N = F_N * (share_K @ positive_K) * at_positive
-    background_N = (V_N * negative_K.sum() - F_N * (share_K @ negative_K)) * at_negative
+    foreground_N = F_NK @ positive_K * at_positive
+    background_N = (V_N * negative_K.sum() - F_NK @ negative_K) * at_negative
     if retinanet.NORMALIZER == "per_image":
         divisor_N = F_N.clip(min=1)
         foreground, background = (
@@ -165,7 +164,7 @@ def first_loss(cfg: CfgNode, sample: MatchedSample, processes: int = 1) -> First
             (background_N / divisor_N).mean(),
         )
     else:
-        # the images of one pass of one process, as many as the mean image
+        # of one pass of one process
         images = cfg.SOLVER.IMS_PER_BATCH / cfg.SOLVER.ACCUMULATE / processes
         normalizer = LossNormalizer(retinanet.NORMALIZER)
         if retinanet.NORMALIZER == "per_gpu":

@@ -33,8 +33,8 @@ class MatchedSample:
         positives: level ("p3") -> its positive anchors.
         boxes: ground-truth boxes.
         boxes_without: boxes to which no positive anchor is assigned.
-        positives_N, anchors_N, ignored_N: the same by image.
-        positives_K: the positives of each class.
+        anchors_N, ignored_N: the same by image.
+        positives_NK: positives by image and class.
     """
 
     images: int
@@ -43,10 +43,9 @@ class MatchedSample:
     positives: dict[str, int]
     boxes: int
     boxes_without: int
-    positives_N: tuple[int, ...]
     anchors_N: tuple[int, ...]
     ignored_N: tuple[int, ...]
-    positives_K: tuple[int, ...]
+    positives_NK: tuple[tuple[int, ...], ...]
 
 
 def has_anchors(cfg: CfgNode) -> bool:
@@ -98,8 +97,7 @@ def match_sample(
         images = np.unique(gt.image_G)
     chosen = np.linspace(0, len(images) - 1, min(len(images), _SAMPLE_IMAGES)).round().astype(int)
     frames = [gt.resized(size, cfg.INPUT.MAX_SIZE_TRAIN) for size in training_sizes(cfg)]
-    positives_NL, anchors_N, ignored_N = [], [], []
-    positives_K = np.zeros(num_classes, dtype=np.int64)
+    positives_NL, positives_NK, anchors_N, ignored_N = [], [], [], []
     boxes = boxes_without = 0
     for n, image in enumerate(images[chosen]):
         boxes_G4, shapes_I2 = frames[n % len(frames)]
@@ -115,7 +113,7 @@ def match_sample(
         boxes_without += len(own) - len(np.unique(assigned))
         classes = gt.classes_G[own][assigned]
         classes = classes[(classes >= 0) & (classes < num_classes)]
-        positives_K += np.bincount(classes, minlength=num_classes)
+        positives_NK.append(tuple(np.bincount(classes, minlength=num_classes).tolist()))
     positives_L = np.sum(positives_NL, axis=0)
     return MatchedSample(
         images=len(anchors_N),
@@ -124,8 +122,7 @@ def match_sample(
         positives={name: int(count) for name, count in zip(grid.names, positives_L)},
         boxes=boxes,
         boxes_without=boxes_without,
-        positives_N=tuple(sum(levels) for levels in positives_NL),
         anchors_N=tuple(anchors_N),
         ignored_N=tuple(ignored_N),
-        positives_K=tuple(positives_K.tolist()),
+        positives_NK=tuple(positives_NK),
     )

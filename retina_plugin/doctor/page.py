@@ -6,8 +6,6 @@ import importlib.resources
 import time
 from pathlib import Path
 
-import jinja2
-
 from .recall import percent
 from .report import Report
 
@@ -31,6 +29,8 @@ def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
 
 def render_page(report: Report) -> str:
     """The HTML page. All text from config and dataset is escaped."""
+    import jinja2  # which no training needs
+
     source = importlib.resources.files(__package__).joinpath("page.html").read_text("utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

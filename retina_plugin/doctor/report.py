@@ -119,7 +119,7 @@ class Report:
         anchors = asdict(self.anchors) if self.anchors else None
         if anchors:
             sample = anchors["sample"]
-            anchors["sample"] = {k: v for k, v in sample.items() if not k.endswith("_N")}
+            anchors["sample"] = {k: v for k, v in sample.items() if not k.endswith(("_N", "_NK"))}
         return {
             "version": _VERSION,
             "config": self.config,

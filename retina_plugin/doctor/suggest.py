@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -188,6 +189,8 @@ class _Search:
         self, grid: AnchorGrid, gt: GroundTruth, sizes: Sequence[int], max_size: int, fit: AnchorFit
     ) -> None:
         self.grid, self.fit = grid, fit
+        generator: Any = grid.generator
+        self.offset = float(generator.offset)
         index = spread(np.arange(len(gt.boxes_G4)), _SAMPLE)
         boxes, maps = [], []
         for turn, size in enumerate(sizes):
@@ -204,14 +207,23 @@ class _Search:
             sizes=anchors.sizes(len(grid.names)),
             aspect_ratios=[anchors.rounded_ratios()],
             strides=grid.strides,
-            offset=grid.generator.offset,
+            offset=self.offset,
         )
         return AnchorGrid.from_generator(
             generator, grid.names, grid.strides, grid.divisibility, grid.square
         )
 
     def _iou(self, anchors: _Anchors) -> np.ndarray:
-        return self.grid_of(anchors).best_iou(self.boxes_G4, self.map_shapes_GL2)
+        """Without building the generator, which would take most of the time."""
+        ratios = np.sqrt(anchors.rounded_ratios())
+        cells = []
+        for sizes, stride in zip(anchors.sizes(len(self.grid.names)), self.grid.strides):
+            sides_SR2 = np.multiply.outer(sizes, np.stack([1 / ratios, ratios], axis=1))
+            half_A2 = sides_SR2.reshape(-1, 2) / 2
+            centre = self.offset * stride
+            cells.append(np.concatenate([centre - half_A2, centre + half_A2], axis=1))
+        grid = replace(self.grid, cells=tuple(cells))
+        return grid.best_iou(self.boxes_G4, self.map_shapes_GL2)
 
     def recall(self, anchors: _Anchors) -> float:
         return float((self._iou(anchors) >= self.fit.upper_iou).mean())
