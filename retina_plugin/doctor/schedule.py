@@ -90,9 +90,10 @@ def _warm_up(cfg: CfgNode) -> Iterator[Finding]:
 
 def _epochs(cfg: CfgNode, num_images: int) -> Iterator[Finding]:
     drawn = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
+    epochs = drawn / num_images
     text = (
         f"{cfg.SOLVER.MAX_ITER:,} iterations of {cfg.SOLVER.IMS_PER_BATCH} images are "
-        f"{drawn / num_images:.3g} epochs of {num_images:,} images"
+        f"{f'{epochs:,.0f}' if epochs >= 100 else f'{epochs:.3g}'} epochs of {num_images:,} images"
     )
     if drawn < num_images and cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
         yield Finding(

@@ -26,6 +26,7 @@ _CLEAR_GAIN = 0.05  # a warning instead of a note; what more anchors or pixels h
 _ENOUGH = 0.9  # recall that asks neither for more anchors at a location nor for larger images
 _FACTORS = (2, 4)  # of the image size, where no anchors are enough
 _MAX_RATIO = 20.0  # of a suggested anchor's sides
+_MAX_SIZE = 1.5  # of a suggested anchor, in sizes of the largest box
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,9 @@ class _Anchors:
             tuple(round(self.first * self.factor**step, 1) for step in level) for level in steps
         )
 
+    def largest(self, levels: int) -> float:
+        return self.first * self.factor ** (levels - 1 / self.octave)
+
     def rounded_ratios(self) -> tuple[float, ...]:
         return tuple(sorted(float(f"{ratio:.2g}") for ratio in self.ratios))
 
@@ -253,11 +257,15 @@ class _Search:
 
     def _climb(self, anchors: _Anchors) -> _Anchors:
         score, left = self._score(anchors), _EVALUATIONS
+        levels = len(self.grid.names)
+        limit = _MAX_SIZE * float(np.sqrt(self.sides_G2.prod(axis=1).max()))
         for step in _STEPS:
             for number in range(2 + len(anchors.ratios)):
                 for by in (step, 1 / step):
                     while left:
                         other, left = anchors.changed(number, by), left - 1
+                        if anchors.largest(levels) < other.largest(levels) > limit:
+                            break
                         other_score = self._score(other)
                         if other_score <= score + 1e-4:
                             break
