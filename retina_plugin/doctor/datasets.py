@@ -70,8 +70,8 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> I
             yield Finding(
                 _ERROR,
                 f"DATASETS.{split}",
-                'is empty: name a registered dataset, e.g. ("coco_2017_train",) or '
-                '("digits_scenes_train",)',
+                f'is empty: name a registered dataset, e.g. ("coco_2017_{split.lower()}",) or '
+                f'("digits_scenes_{split.lower()}",)'.replace("_test", "_val"),
             )
         for name in names:
             keys.setdefault(name, []).append(split)
@@ -140,7 +140,7 @@ def _check_content(cfg: CfgNode, name: str, roles: list[str]) -> tuple[list[Find
                 found.append(_difference(_ERROR, json_file, names, name, classes))
             classes = names or classes
             if train:
-                found += _check_boxes_left(cfg, json_file, content["annotations"])
+                found += _check_boxes_left(cfg, json_file, content.get("annotations"))
             root = metadata.get("image_root") or ""
             files = [os.path.join(root, file) for file in image_files(content)]
             found += _check_image_files(cfg, name, files, test)
@@ -206,8 +206,10 @@ def check_num_classes(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
 
 def _check_num_classes(cfg: CfgNode, classes: dict[str, list[str]]) -> Iterator[Finding]:
     expected = cfg.MODEL.RETINANET.NUM_CLASSES
+    # one finding for all datasets with the same number
+    first = {len(names): name for name, names in reversed(classes.items())}
     for name, names in classes.items():
-        if len(names) != expected:
+        if len(names) != expected and first[len(names)] == name:
             yield Finding(
                 _ERROR,
                 "MODEL.RETINANET.NUM_CLASSES",
