@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone
+from detectron2.modeling import Backbone, build_backbone
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from torch import Tensor, nn
 
@@ -51,15 +51,14 @@ class AnchorGrid:
     def from_cfg(cls, cfg: CfgNode) -> AnchorGrid:
         """The anchors that a config's model has.
 
-        The backbone is built without memory, for its strides; the anchor generator is built as the
-        model builds it.
+        The backbone is built for its strides, without memory where that is possible; the anchor
+        generator is built as the model builds it.
 
         Raises:
             ConfigError: ``IN_FEATURES`` names a feature that the backbone does not have, or the
                 anchor generator's anchors are not the same boxes at every location.
         """
-        with torch.device("meta"):
-            backbone = build_backbone(cfg)
+        backbone = _build_backbone(cfg)
         shapes = backbone.output_shape()
         names = tuple(cfg.MODEL.RETINANET.IN_FEATURES)
         for name in names:
@@ -152,6 +151,14 @@ class AnchorGrid:
                 iou = overlap / (area + sides.prod(axis=1) - overlap)
                 np.maximum(best_G[part], iou.max(axis=1), out=best_G[part])
         return best_G
+
+
+def _build_backbone(cfg: CfgNode) -> Backbone:
+    try:
+        with torch.device("meta"):
+            return build_backbone(cfg)
+    except (RuntimeError, NotImplementedError):  # its constructor reads a tensor's numbers
+        return build_backbone(cfg)
 
 
 def _best_overlap(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from retina_plugin.cli import main
 from retina_plugin.cli.doctor import table
-from retina_plugin.doctor import Finding, Report, Severity
+from retina_plugin.doctor import Finding, Report, Severity, StepCost
 
 # A registered dataset, as a user's IMPORTS file has it.
 REGISTER = """\
@@ -152,6 +152,20 @@ def test_terminal_without_unicode(project, monkeypatch):
     doctor(project, "--quick", "INPUT.MIN_SIZE_TRAIN", "(16,)")
     out.flush()
     assert "gr\\xf6\\xdfer" in out.buffer.getvalue().decode("ascii")
+
+
+def test_progress_on_a_terminal_is_one_line(project, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    cost = StepCost(0.1, 1, 2, 2, 1, "cpu")
+    monkeypatch.setattr("retina_plugin.cli.doctor.measure_step", lambda cfg, processes: cost)
+    monkeypatch.setattr(sys, "stdout", out := Terminal())
+    doctor(project)
+    lines = out.getvalue().split("\n")
+    assert lines[0].startswith("\rimages: ") and "read" not in lines[0]
+    assert lines[0].rpartition("\r")[2].split() == ["where:", "what,", "and", "what", "to", "do"]
 
 
 def test_table_is_sorted_and_fits_the_terminal(monkeypatch):

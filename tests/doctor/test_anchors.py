@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.structures import Boxes, RotatedBoxes, pairwise_iou
 from torchvision.ops import box_iou
 
 from retina_plugin.doctor.anchors import AnchorGrid
 from retina_plugin.errors import ConfigError
-from retina_plugin.modeling import AnchorMatcher
+from retina_plugin.modeling import AnchorMatcher, build_retina_fpn_backbone
 from tests.doctor.examples import config
 
 
@@ -160,6 +160,18 @@ def test_feature_maps_are_those_of_the_model(tiny_cfg):
         assert [list(f.shape[-2:]) for f in features] == map_shape.tolist()
         model_anchors = torch.cat([a.tensor for a in model.anchor_generator(features)])
         assert torch.equal(torch.cat(grid.anchors(map_shape)), model_anchors)
+
+
+def test_backbone_whose_constructor_reads_numbers():
+    """As Swin's does, for its drop path rates: not possible without memory."""
+
+    @BACKBONE_REGISTRY.register()
+    def build_counting_backbone(cfg, input_shape):
+        assert torch.linspace(0, 1, 3)[1].item() == 0.5
+        return build_retina_fpn_backbone(cfg, input_shape)
+
+    grid = AnchorGrid.from_cfg(config("MODEL.BACKBONE.NAME", "build_counting_backbone"))
+    assert grid.strides == (8, 16, 32, 64, 128)
 
 
 def test_padding_to_a_square():
