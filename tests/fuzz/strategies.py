@@ -31,5 +31,23 @@ def rows_of_four(number, coordinates=GRID | ANYWHERE | NONSENSE):
     return st.lists(row, min_size=number[0], max_size=number[1]).map(_tensor)
 
 
+def generators():
+    """A random generator: for many numbers, which hypothesis would draw one by one, slowly."""
+    return st.integers(0, 2**31).map(lambda seed: torch.Generator().manual_seed(seed))
+
+
+def random_boxes(generator, number, low, high, side=0):
+    """(number, 4) of integers between ``low`` and ``high``; ``side``: the least width."""
+    corners = torch.randint(low, high, (number, 2, 2), generator=generator).sort(dim=1).values
+    corners[:, 1] += side
+    return corners.reshape(-1, 4).float()
+
+
+def pick(generator, values, *shape):
+    """A tensor of ``shape`` with entries of ``values``."""
+    values = torch.tensor(values)
+    return values[torch.randint(len(values), shape, generator=generator)]
+
+
 # Thresholds on fractions that IoUs of small integer boxes have, so that ties are common.
 THRESHOLDS = st.sampled_from([0.1, 0.2, 0.25, 0.3, 1 / 3, 0.4, 0.5, 0.6, 2 / 3, 0.7, 0.75, 1.0])

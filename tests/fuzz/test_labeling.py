@@ -42,7 +42,7 @@ def naive_match(gt_G4, anchors_R4, thresholds, labels, low_quality):
     return index, label
 
 
-@fuzz(20, gt=rows_of_four((0, 8)) | boxes((0, 12)), anchors=boxes((0, 30)), how=matcher_settings())
+@fuzz(20, gt=rows_of_four((0, 6)) | boxes((0, 6)), anchors=boxes((0, 12)), how=matcher_settings())
 def test_matches_are_those_of_a_loop(gt, anchors, how):
     """Whatever the ground truth holds: NaN, infinities, swapped corners, ties."""
     matches = AnchorMatcher(*how)(gt, anchors)
@@ -96,7 +96,7 @@ def labelings(draw):
     return num_classes, draw(images(num_classes)), draw(st.none() | THRESHOLDS)
 
 
-@fuzz(15, anchors=boxes((1, 25)), labeling=labelings(), how=matcher_settings())
+@fuzz(15, anchors=boxes((1, 10)), labeling=labelings(), how=matcher_settings())
 def test_targets_are_those_of_a_loop(anchors, labeling, how):
     """Labels, assigned boxes and ignored anchors of each image, with crowds left out."""
     num_classes, batch, iof_thresh = labeling
