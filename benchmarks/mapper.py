@@ -28,7 +28,7 @@ def mapper(device: str) -> Iterator[Case]:
     with tempfile.TemporaryDirectory() as folder:
         records = _photo_records(Path(folder)) * 4
 
-        def mapping_by(mapper: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[], Any]:
+        def mapping_by(mapper: Callable[[dict[str, Any]], Any]) -> Callable[[], Any]:
             def run() -> Records:
                 np.random.seed(0)
                 random.seed(0)

@@ -166,6 +166,13 @@ KEYS: dict[str, Key] = {
         "random draws and boxes.",
         "FastMapper",
     ),
+    "DATALOADER.ON_BAD_IMAGE": Key(
+        "What a training does with an image that is missing, damaged, of more than 8 bits, or of "
+        "another size than its record: `error` stops with its name, `skip` warns once and takes "
+        "another image. In an evaluation it is always an error.",
+        "error",
+        ("error", "skip"),
+    ),
     "SOLVER.AMP.PRECISION": Key(
         "Precision of training, where `SOLVER.AMP.ENABLED`: `float16` with loss scaling (GPU), or "
         "`bfloat16` (also on the CPU).",

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from typing import IO
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -16,10 +22,25 @@ from torch.nn import functional as F
 
 from retina_plugin.errors import ConfigError
 
-__all__ = ["FastResize", "check_format", "image_to_tensor", "read_image"]
+__all__ = [
+    "BadImageError",
+    "FastResize",
+    "check_format",
+    "check_image_size",
+    "check_readable",
+    "image_to_tensor",
+    "read_image",
+]
 
 # Only OpenCV functions that start no threads are used here: a data loader's worker is a fork, in
 # which OpenCV's threads hang.
+
+
+class BadImageError(ConfigError):
+    """An image that cannot be read, or would be read wrongly: one line with the file and the fix.
+
+    ``DATALOADER.ON_BAD_IMAGE`` says what a training does with it.
+    """
 
 
 def read_image(file_name: str, image_format: str) -> np.ndarray:
@@ -30,6 +51,10 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
     the rest: PNG (OpenCV is hardly faster), CMYK and all other files, formats other than BGR and
     RGB, and truncated JPEGs, of which OpenCV 4 would return the part that it can decode.
 
+    Detectron2 reads two kinds of files wrongly, without a word; here they are errors. Of a JPEG
+    that is damaged inside it takes what libjpeg makes of the rest; libjpeg notices four of five
+    such files. Of an image with more than 8 bits a pixel it takes every value above 255 for white.
+
     Args:
         file_name: a path, or a URL that Detectron2's ``PathManager`` can open.
         image_format: ``INPUT.FORMAT``.
@@ -38,19 +63,74 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
         (H, W, C) image in ``image_format``: uint8 in [0, 255], float for YUV-BT.601.
 
     Raises:
-        ConfigError: the file is missing or is not an image.
+        BadImageError: the file is missing, is not an image, is damaged, or has more than 8 bits a
+            channel.
+    """
+    with _as_bad_image(file_name), PathManager.open(file_name, "rb") as file:
+        data, orientation = _read_header(file, file_name, image_format)
+        image = None
+        if data is not None and orientation is not None:
+            flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+            image = _decode_jpeg(data, file_name, flags)
+        if image is not None and orientation is not None:
+            image = _upright(image, orientation)
+            return image[:, :, ::-1] if image_format == "RGB" else image
+        image = detection_utils.read_image(file_name, image_format)
+        if data is not None:
+            _decode_jpeg(data, file_name, cv2.IMREAD_REDUCED_GRAYSCALE_8)
+        return image
+
+
+def check_readable(file_name: str, image_format: str) -> None:
+    """Raise what :func:`read_image` would raise before it has the pixels, and for a damaged JPEG.
+
+    For readers that decode the file themselves.
+    """
+    with _as_bad_image(file_name), PathManager.open(file_name, "rb") as file:
+        data, _ = _read_header(file, file_name, image_format)
+        if data is not None:
+            _decode_jpeg(data, file_name, cv2.IMREAD_REDUCED_GRAYSCALE_8)
+
+
+@contextlib.contextmanager
+def _as_bad_image(file_name: str) -> Iterator[None]:
+    try:
+        yield
+    except BadImageError:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise BadImageError(
+            f"cannot read the image {file_name} ({' '.join(str(error).split())}): replace the "
+            "file, or remove it from the dataset's annotations"
+        ) from error
+
+
+def check_image_size(record: dict[str, Any], image: np.ndarray) -> None:
+    """Detectron2's: the image has the size of its record, which gets it if it has none.
+
+    Raises:
+        BadImageError: it has another one; the line says if the camera's orientation is the reason.
     """
     try:
-        with PathManager.open(file_name, "rb") as file:
-            image = _decode_jpeg(file, image_format)
-        if image is None:
-            image = detection_utils.read_image(file_name, image_format)
-        return image
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise ConfigError(
-            f"cannot read the image {file_name} ({error}): replace the file, or remove it from "
-            "the dataset's annotations"
-        ) from error
+        detection_utils.check_image_size(record, image)
+    except detection_utils.SizeMismatchError:
+        height, width = image.shape[:2]
+        expected = (record.get("width"), record.get("height"))
+        reason = ""
+        if expected == (height, width) and _is_turned(record["file_name"]):
+            reason = " because its EXIF orientation turns it"
+        raise BadImageError(
+            f"the image {record['file_name']} has {width}x{height} pixels{reason}, but its record "
+            f"has width {expected[0]} and height {expected[1]}: correct the record and its boxes"
+        ) from None
+
+
+def _is_turned(file_name: str) -> bool:
+    try:
+        with PathManager.open(file_name, "rb") as file, Image.open(file) as header:
+            return header.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception:  # Pillow raises many kinds of errors for a broken tag
+        return False
 
 
 def check_format(image_format: str) -> None:
@@ -68,28 +148,96 @@ def check_format(image_format: str) -> None:
         ) from None
 
 
-def _decode_jpeg(file: IO[bytes], image_format: str) -> np.ndarray | None:
-    """The upright image; None if Detectron2's reader has to read the file."""
-    # only two bytes at first: Detectron2's reader will open the file again
-    if image_format not in ("BGR", "RGB") or file.read(2) != b"\xff\xd8":
-        return None
+def _read_header(
+    file: IO[bytes], file_name: str, image_format: str
+) -> tuple[bytes | None, int | None]:
+    """The bytes of a JPEG, and its orientation if OpenCV decodes it as Detectron2's reader does.
+
+    Both are None for other files.
+    """
+    is_jpeg = file.read(2) == b"\xff\xd8"
     file.seek(0)
-    data = file.read()
-    if not data.endswith(b"\xff\xd9"):  # the end marker: truncated, or with trailing bytes
-        return None
-    with Image.open(io.BytesIO(data)) as header:  # does not decode pixels
-        if header.format != "JPEG" or header.mode not in ("RGB", "L"):
-            return None
+    data = file.read() if is_jpeg else None
+    with Image.open(file if data is None else io.BytesIO(data)) as header:  # decodes no pixels
+        # Modes I;16, I and F have more than 8 bits a pixel.
+        if header.mode[0] in "IF" and image_format[:1] not in ("I", "F"):
+            kind = "floating-point" if header.mode == "F" else "more than 8-bit"
+            raise BadImageError(
+                f"the image {file_name} has {kind} values (Pillow's mode {header.mode}), which "
+                "would be read as white or black: convert it to 8 bit"
+            )
+        if data is None or header.format != "JPEG" or header.mode not in ("RGB", "L"):
+            return data, None
+        if image_format not in ("BGR", "RGB") or not data.endswith(b"\xff\xd9"):
+            return data, None  # no end marker: truncated, or with trailing bytes
         try:
-            orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
+            return data, header.getexif().get(ExifTags.Base.Orientation, 1)
         except Exception:  # Pillow raises many kinds of errors for a broken tag
-            return None
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    if image is None:
-        return None
-    image = _upright(image, orientation)
-    return image[:, :, ::-1] if image_format == "RGB" else image
+            return data, None
+
+
+# libjpeg has no other way to say that data are damaged than a line on the standard error.
+_STDERR_LOCK = threading.Lock()
+_EXTRA_BYTES = re.compile(rb"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
+_DAMAGE = (b"Corrupt JPEG data", b"Premature end of JPEG file")
+_LIBJPEG = (*_DAMAGE, b"Warning: unknown JFIF", b"Invalid SOS parameters", b"Inconsistent progr")
+
+
+def _decode_jpeg(data: bytes, file_name: str, flags: int) -> np.ndarray | None:
+    """OpenCV's decoded image; None if it cannot decode it.
+
+    Raises:
+        BadImageError: libjpeg says that data are damaged.
+    """
+    image, lines = None, []
+    with _captured_stderr() as captured:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    for line in captured:
+        if line.startswith(_LIBJPEG):
+            lines.append(line)
+        elif line:  # another thread's
+            os.write(2, line + b"\n")
+    for line in lines:
+        if line.startswith(_DAMAGE) and not _is_padding(line, data):
+            raise BadImageError(
+                f"the image {file_name} is damaged ({line.decode(errors='replace').strip()}): "
+                "replace the file; if it looks right, save it again"
+            )
+    return image
+
+
+def _is_padding(line: bytes, data: bytes) -> bool:
+    """Whether libjpeg only means that bytes fill up the file behind all pixels."""
+    extra = _EXTRA_BYTES.match(line)
+    if extra is None:
+        return False
+    count, before_end_marker = int(extra[1]), data[:-2]
+    return count <= 16 or len(before_end_marker) - len(before_end_marker.rstrip(b"\0\xff")) >= count
+
+
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[list[bytes]]:
+    """The lines that C code writes to the standard error meanwhile, filled in at the end."""
+    lines: list[bytes] = []
+    with _STDERR_LOCK, contextlib.ExitStack() as stack:
+        try:
+            saved = os.dup(2)
+        except OSError:  # the process has none
+            yield lines
+            return
+        stack.callback(os.close, saved)
+        if hasattr(os, "memfd_create"):  # Linux: a file in memory
+            file: IO[bytes] = os.fdopen(os.memfd_create("stderr"), "rb")
+        else:
+            file = tempfile.TemporaryFile()  # noqa: SIM115
+        stack.enter_context(file)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(saved, 2)
+            file.seek(0)
+            lines += file.read().splitlines()
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -135,11 +283,13 @@ class FastResize(T.ResizeTransform):
 def image_to_tensor(image: np.ndarray) -> torch.Tensor:
     """Copy an (H, W, C) image, or a flipped view of one, to a contiguous (C, H, W) tensor.
 
+    float64, which Detectron2 makes of YUV-BT.601, becomes float32: the precision of the weights.
     OpenCV splits uint8 images with three channels and flips the planes in place, in a tenth of the
     time of NumPy's copy.
     """
     if image.dtype != np.uint8 or image.shape[2:] != (3,):
-        return torch.from_numpy(image.transpose(2, 0, 1).copy())
+        pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())
+        return pixels.float() if pixels.dtype == torch.float64 else pixels
     reversed_axes = tuple(axis for axis, stride in enumerate(image.strides) if stride < 0)
     planes = np.empty((3, *image.shape[:2]), np.uint8)
     ordered = list(planes[::-1] if 2 in reversed_axes else planes)

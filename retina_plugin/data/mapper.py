@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper as Detectron2DatasetMapper
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from retina_plugin.data.images import FastResize, check_format, image_to_tensor, read_image
+from retina_plugin.data.images import (
+    BadImageError,
+    FastResize,
+    check_format,
+    check_image_size,
+    check_readable,
+    image_to_tensor,
+    read_image,
+)
 from retina_plugin.errors import ConfigError
 from retina_plugin.registry import ComponentRegistry
 
@@ -30,9 +38,48 @@ _UNSUPPORTED = ("MASK_ON", "KEYPOINT_ON", "LOAD_PROPOSALS")
 logger = logging.getLogger("retina_plugin")
 
 
+Record = dict[str, Any]
+
+
+class _BadImages:
+    """What a mapper does with images that cannot be used: ``DATALOADER.ON_BAD_IMAGE``.
+
+    An evaluation always stops: its numbers must not come from fewer images.
+    """
+
+    def __init__(self, is_train: bool, on_bad_image: str) -> None:
+        self._skip = is_train and on_bad_image == "skip"
+        self._warned: set[str] = set()
+
+    def read(self, read: Callable[[Record], Record], record: Record) -> Record | None:
+        """``read(record)``; None if its image is bad and bad ones are skipped, with a warning."""
+        try:
+            return read(record)
+        except BadImageError as error:
+            if not self._skip:
+                raise
+            if record["file_name"] not in self._warned:
+                self._warned.add(record["file_name"])
+                count = len(self._warned)
+                logger.warning("Skipped, the %s of this process: %s", f"{count}.", error)
+            return None
+
+
 @DATASET_MAPPER_REGISTRY.register()
 class DatasetMapper(Detectron2DatasetMapper):
-    """Detectron2's mapper, unchanged. It uses Pillow, reads masks and keypoints, drops crowds."""
+    """Detectron2's mapper. It uses Pillow, reads masks and keypoints, drops crowds.
+
+    The records are Detectron2's. What it would fail on, or read wrongly, is one clear error.
+
+    Args:
+        is_train, arguments: Detectron2's.
+        on_bad_image: "error" or "skip", see ``DATALOADER.ON_BAD_IMAGE``.
+    """
+
+    @configurable
+    def __init__(self, is_train: bool, *, on_bad_image: str = "error", **arguments: Any) -> None:
+        super().__init__(is_train, **arguments)
+        self._bad_images = _BadImages(is_train, on_bad_image)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -48,7 +95,32 @@ class DatasetMapper(Detectron2DatasetMapper):
                 "MODEL.RETINANET.IGNORE_IOF_THRESH needs crowd boxes, which INPUT.MAPPER "
                 "DatasetMapper drops: set INPUT.MAPPER FastMapper, or IGNORE_IOF_THRESH None"
             )
-        return super().from_config(cfg, is_train)
+        arguments = super().from_config(cfg, is_train)
+        return {**arguments, "on_bad_image": cfg.DATALOADER.ON_BAD_IMAGE}
+
+    def __call__(self, dataset_dict: Record) -> Record | None:
+        """Detectron2's record. None: its image is bad, and bad images are skipped.
+
+        Raises:
+            BadImageError: the image cannot be used.
+            ConfigError: an annotation cannot be used; the line has the file and the annotation.
+        """
+        return self._bad_images.read(self._read, dataset_dict)
+
+    def _read(self, dataset_dict: Record) -> Record:
+        file_name = dataset_dict["file_name"]
+        check_readable(file_name, self.image_format)
+        if self.is_train:
+            _check_annotations(file_name, _without_crowds(dataset_dict.get("annotations", [])))
+        try:
+            record = super().__call__(dataset_dict)
+        except detection_utils.SizeMismatchError as error:
+            raise BadImageError(f"{file_name}: {error}") from None
+        except (OSError, SyntaxError) as error:  # Pillow's, while it decodes
+            raise BadImageError(f"cannot read the image {file_name} ({error})") from error
+        if record["image"].dtype == torch.float64:  # YUV-BT.601: float32 is the weights' precision
+            record["image"] = record["image"].float()
+        return record
 
 
 @DATASET_MAPPER_REGISTRY.register()
@@ -68,6 +140,7 @@ class FastMapper:
         image_format: format of the returned image in Detectron2's terms: "BGR", "RGB", ...
         keep_crowd: keep crowd boxes and mark them in ``instances.gt_iscrowd`` (bool, one a box),
             so that the detector can ignore anchors in them. False drops crowd boxes.
+        on_bad_image: "error" or "skip", see ``DATALOADER.ON_BAD_IMAGE``.
 
     Example::
 
@@ -82,11 +155,13 @@ class FastMapper:
         augmentations: Sequence[T.Augmentation | T.Transform],
         image_format: str,
         keep_crowd: bool = False,
+        on_bad_image: str = "error",
     ) -> None:
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.keep_crowd = keep_crowd
+        self._bad_images = _BadImages(is_train, on_bad_image)
         mode = "training" if is_train else "inference"
         logger.debug("Augmentations in %s: %s", mode, list(augmentations))
 
@@ -111,22 +186,27 @@ class FastMapper:
             "augmentations": arguments["augmentations"],
             "image_format": arguments["image_format"],
             "keep_crowd": cfg.MODEL.RETINANET.IGNORE_IOF_THRESH is not None,
+            "on_bad_image": cfg.DATALOADER.ON_BAD_IMAGE,
         }
 
-    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, dataset_dict: Record) -> Record | None:
         """A new record with ``image`` (C, H, W) and, in training, ``instances`` in its frame.
 
-        It shares no memory with ``dataset_dict``, which is not changed.
+        It shares no memory with ``dataset_dict``, which is not changed. None: the image is bad, and
+        bad images are skipped.
 
         Raises:
-            ConfigError: the image is missing or cannot be read.
-            SizeMismatchError: the image's size is not the record's (raised by Detectron2).
+            BadImageError: the image is missing, cannot be read, or has not the record's size.
+            ConfigError: an annotation cannot be used; the line has the file and the annotation.
         """
+        return self._bad_images.read(self._read, dataset_dict)
+
+    def _read(self, dataset_dict: Record) -> Record:
         # Not copied: a deep copy of polygons takes longer than everything done with the boxes.
         annotations = dataset_dict.get("annotations")
         record = copy.deepcopy({k: v for k, v in dataset_dict.items() if k != "annotations"})
         image = read_image(record["file_name"], self.image_format)
-        detection_utils.check_image_size(record, image)
+        check_image_size(record, image)
         sem_seg = None
         if "sem_seg_file_name" in record:
             sem_seg = detection_utils.read_image(record.pop("sem_seg_file_name"), "L").squeeze(2)
@@ -138,14 +218,15 @@ class FastMapper:
             record["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))
         if self.is_train and annotations is not None:
             size = augmented.image.shape[:2]
+            if not self.keep_crowd:
+                annotations = _without_crowds(annotations)
+            _check_annotations(record["file_name"], annotations)
             record["instances"] = self._instances(annotations, transforms, size)
         return record
 
     def _instances(
-        self, annotations: list[dict[str, Any]], transforms: T.TransformList, size: tuple[int, int]
+        self, annotations: list[Record], transforms: T.TransformList, size: tuple[int, int]
     ) -> Instances:
-        if not self.keep_crowd:
-            annotations = [a for a in annotations if a.get("iscrowd", 0) == 0]
         instances = Instances(size)
         instances.gt_boxes = Boxes(_transform_boxes(annotations, transforms, size))
         classes = [int(a["category_id"]) for a in annotations]
@@ -156,8 +237,53 @@ class FastMapper:
         return detection_utils.filter_empty_instances(instances)
 
 
+def _without_crowds(annotations: list[Record]) -> list[Record]:
+    return [a for a in annotations if a.get("iscrowd", 0) == 0]
+
+
+# Detectron2 reads no others; the last one has an angle, which becomes an upright box.
+_NUMBERS = {BoxMode.XYWH_ABS: 4, BoxMode.XYXY_ABS: 4, BoxMode.XYWHA_ABS: 5}
+_FARTHEST = 1e9  # pixels; also NaN and infinity are not below it
+
+
+def _check_annotations(file_name: str, annotations: list[Record]) -> None:
+    """Raise a ConfigError that names the first annotation that cannot be trained on."""
+    for i, annotation in enumerate(annotations):
+        fault = _fault(annotation)
+        if fault:
+            name = f"id {annotation['id']}" if "id" in annotation else f"number {i + 1}"
+            raise ConfigError(
+                f"{file_name}: annotation {name} {fault}: correct or remove it "
+                "(`retina doctor` lists all)"
+            )
+
+
+def _fault(annotation: Record) -> str:
+    for key in ("bbox", "bbox_mode", "category_id"):
+        if annotation.get(key) is None:
+            return f"has no {key}"
+    box, mode, category = (annotation[key] for key in ("bbox", "bbox_mode", "category_id"))
+    if mode not in _NUMBERS:
+        return f"has bbox_mode {mode!r}, not XYWH_ABS or XYXY_ABS of BoxMode"
+    try:
+        if len(box) != _NUMBERS[mode] or any(isinstance(x, (str, bool)) for x in box):
+            return f"has bbox {box}, which is not {_NUMBERS[mode]} numbers"
+        if not all(-_FARTHEST < x < _FARTHEST for x in box):
+            return f"has bbox {box}, which is not finite or lies far outside any image"
+        width, height = box[2:4]
+        if mode == BoxMode.XYXY_ABS:
+            width, height = width - box[0], height - box[1]
+    except TypeError:
+        return f"has bbox {box!r}, which is not {_NUMBERS[mode]} numbers"
+    if width < 0 or height < 0:
+        return f"has bbox {box} with a negative width or height"
+    if isinstance(category, (str, bool)) or int(category) != category or category < 0:
+        return f"has category_id {category!r}, not a whole number from 0 on"
+    return ""
+
+
 def _transform_boxes(
-    annotations: list[dict[str, Any]], transforms: T.TransformList, size: tuple[int, int]
+    annotations: list[Record], transforms: T.TransformList, size: tuple[int, int]
 ) -> np.ndarray:
     """(N, 4) boxes XYXY after the transforms, clipped to an image of ``size`` (height, width).
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import matplotlib
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.evaluation import inference_context
-from detectron2.structures import Instances
+from detectron2.structures import BoxMode, Instances
 from detectron2.utils.visualizer import Visualizer
+from PIL import Image
 from tabulate import tabulate
 from torch import nn
 
@@ -41,25 +43,33 @@ __all__ = [
 logger = logging.getLogger("retina_plugin")
 
 _GT_COLOUR, _DETECTION_COLOUR = "lime", "orange"
+_MAX_SIDE = 720  # pixels of an image that is drawn on
+_MAX_BOXES = 200  # true boxes that are drawn of an image
 
 
 def read_metrics(path: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
     """Read Detectron2's ``metrics.json``, which has a JSON object a line.
 
-    Detectron2 appends to the file. If the iterations step back, a training was resumed or started
-    again in the same folder; older lines from that iteration on are dropped.
+    Detectron2 appends to the file. If the iterations of the training's own records, those with
+    ``total_loss``, step back, a training was resumed or started again in the same folder; older
+    lines from that iteration on are dropped. Other lines may step back: Detectron2 writes those of
+    an evaluation after newer losses.
 
     Returns:
         Name of a metric -> [(iteration, value), ...].
     """
     records: list[dict[str, float]] = []
-    for line in Path(path).read_text().splitlines():
+    last = -1  # iteration of the training's last record
+    for line in Path(path).read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+            iteration = int(record["iteration"])
+        except (ValueError, TypeError, KeyError):
             continue  # the process was killed while it wrote this line
-        while records and records[-1]["iteration"] > record["iteration"]:
-            records.pop()
+        if "total_loss" in record:
+            if iteration < last:
+                records = [r for r in records if r["iteration"] <= iteration]
+            last = iteration
         records.append(record)
     series: dict[str, dict[int, float]] = defaultdict(dict)
     for record in records:
@@ -69,13 +79,35 @@ def read_metrics(path: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted(points.items()) for name, points in series.items()}
 
 
+@contextlib.contextmanager
+def _picture(path: str | os.PathLike) -> Iterator[None]:
+    """A picture that cannot be drawn is a warning: the training before it has succeeded."""
+    others = set(plt.get_fignums())
+    try:
+        yield
+    except Exception as error:
+        what = " ".join(str(error).split())
+        logger.warning("%s is not drawn: %s: %s", path, type(error).__name__, what)
+        logger.debug("%s", path, exc_info=True)
+    finally:
+        for number in set(plt.get_fignums()) - others:
+            plt.close(number)
+
+
 def draw_training_curves(metrics: str | os.PathLike, path: str | os.PathLike) -> None:
     """Draw losses, AP, positive anchors by level and learning rate against the iteration.
+
+    Without any of these in the file, or if the picture cannot be written, a warning is logged.
 
     Args:
         metrics: Detectron2's ``metrics.json``.
         path: the PNG to write.
     """
+    with _picture(path):
+        _draw_training_curves(metrics, path)
+
+
+def _draw_training_curves(metrics: str | os.PathLike, path: str | os.PathLike) -> None:
     series = read_metrics(metrics)
     levels = sorted(name for name in series if name.startswith("retinanet/num_pos_"))
     panels: list[tuple[str, list[str], str]] = [
@@ -94,6 +126,9 @@ def draw_training_curves(metrics: str | os.PathLike, path: str | os.PathLike) ->
         ("learning rate", ["lr"], "linear"),
     ]
     panels = [p for p in panels if any(name in series for name in p[1])]
+    if not panels:
+        logger.warning("%s is not drawn: %s has no losses", path, metrics)
+        return
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False)
     for axis, (title, names, scale) in zip(axes[0], panels):
         for name in names:
@@ -101,13 +136,13 @@ def draw_training_curves(metrics: str | os.PathLike, path: str | os.PathLike) ->
                 x, y = zip(*series[name])
                 # With several test sets, the name of the set stays.
                 label = name.removeprefix("bbox/").removeprefix("retinanet/")
+                label = label.replace("$", r"\$")  # otherwise two of them enclose a formula
                 axis.plot(x, y, marker="." if len(x) < 30 else "", label=label)
         axis.set(title=title, xlabel="iteration", yscale=scale)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     logger.info("Training curves: %s", path)
 
 
@@ -121,7 +156,7 @@ def draw_detections(
 ) -> None:
     """Draw images of the first test set with their ground truth and detections, as one picture.
 
-    Without a test set, nothing is drawn.
+    Without a test set, nothing is drawn. If the picture cannot be drawn, a warning is logged.
 
     Args:
         cfg: the images are taken evenly from ``DATASETS.TEST[0]``.
@@ -130,10 +165,21 @@ def draw_detections(
         num_images: images to draw at most.
         score_thresh: only detections with a higher score are drawn.
     """
-    if not cfg.DATASETS.TEST:
-        return
+    # "$" in a file's or a class's name is a dollar, not the start of a formula.
+    with _picture(path), matplotlib.rc_context({"text.parse_math": False}):
+        if cfg.DATASETS.TEST:
+            _draw_detections(cfg, model, path, num_images, score_thresh)
+
+
+def _draw_detections(
+    cfg: CfgNode,
+    model: nn.Module,
+    path: str | os.PathLike,
+    num_images: int,
+    score_thresh: float,
+) -> None:
     name = cfg.DATASETS.TEST[0]
-    metadata = MetadataCatalog.get(name)
+    names = MetadataCatalog.get(name).get("thing_classes")
     dataset = DatasetCatalog.get(name)
     chosen = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).round().astype(int)
     mapper = DATASET_MAPPER_REGISTRY.build(cfg, False)
@@ -150,44 +196,54 @@ def draw_detections(
         record = dataset[index]
         with inference_context(detector):
             instances = detector([mapper(record)])[0]["instances"].to("cpu")
-        axis.imshow(
-            _draw(
-                utils.read_image(record["file_name"], "RGB"),
-                record,
-                instances[instances.scores > score_thresh],
-                metadata,
-            )
-        )
-        axis.set_title(Path(record["file_name"]).name, fontsize=8)
+        found = instances[instances.scores > score_thresh]
+        image = utils.read_image(record["file_name"], "RGB")
+        truth = _truth(record)
+        title = Path(record["file_name"]).name
+        if len(truth) > _MAX_BOXES:
+            title += f" ({_MAX_BOXES} of {len(truth)} true boxes)"
+        axis.imshow(_draw(image, truth[:_MAX_BOXES], found, names))
+        axis.set_title(title, fontsize=8)
     figure.suptitle(
         f"{name}: ground truth ({_GT_COLOUR}), detections with score > {score_thresh} "
         f"({_DETECTION_COLOUR})"
     )
     figure.tight_layout()
     figure.savefig(path, dpi=90)
-    plt.close(figure)
     logger.info("Detections against ground truth: %s", path)
 
 
+def _truth(record: dict[str, Any]) -> np.ndarray:
+    """(N, 4) XYXY boxes of the objects that are no crowds."""
+    boxes = [
+        BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
+        for a in record.get("annotations", [])
+        if not a.get("iscrowd", 0)
+    ]
+    return np.array(boxes, np.float64).reshape(-1, 4)
+
+
 def _draw(
-    image: np.ndarray, record: dict[str, Any], detections: Instances, metadata: Metadata
+    image: np.ndarray, truth: np.ndarray, detections: Instances, names: Sequence[str] | None
 ) -> np.ndarray:
-    names = metadata.get("thing_classes")
-    truth = utils.annotations_to_instances(
-        [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)], image.shape[:2]
-    )
-    # Labels have a fixed size, so small images are enlarged.
-    visualizer = Visualizer(image, metadata, scale=max(1.0, 480 / max(image.shape[:2])))
+    # A picture of the sheet has 360 pixels. Larger images are shrunk first, because drawing takes
+    # time and memory by the pixel; labels have a fixed size, so small images are enlarged.
+    factor = _MAX_SIDE / max(image.shape[:2])
+    if factor < 1:
+        size = (max(1, round(n * factor)) for n in image.shape[1::-1])
+        image = np.asarray(Image.fromarray(image).resize(tuple(size), Image.Resampling.BILINEAR))
+    factor = min(factor, 1.0)
+    visualizer = Visualizer(image, scale=max(1.0, 480 / max(image.shape[:2])))
     if len(truth):
         visualizer.overlay_instances(
-            boxes=truth.gt_boxes, assigned_colors=[_GT_COLOUR] * len(truth), alpha=0.9
+            boxes=truth * factor, assigned_colors=[_GT_COLOUR] * len(truth), alpha=0.9
         )
     labels = [
         f"{names[c] if names else c} {s:.2f}"
         for c, s in zip(detections.pred_classes.tolist(), detections.scores.tolist())
     ]
     drawn = visualizer.overlay_instances(
-        boxes=detections.pred_boxes,
+        boxes=detections.pred_boxes.tensor.numpy() * factor,
         labels=labels,
         assigned_colors=[_DETECTION_COLOUR] * len(labels),
         alpha=0.9,

@@ -145,7 +145,7 @@ class Trainer(DefaultTrainer):
         """
         mapper = DATASET_MAPPER_REGISTRY.build(cfg, False)
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        check_num_classes(cfg)
+        check_num_classes(cfg, ("TEST",))
         return loader
 
     @classmethod

@@ -44,12 +44,18 @@ class COCOEvaluator(Detectron2COCOEvaluator):
     dataset without annotations, such as test-dev, that file is the only result.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _fill_in(self._coco_api)
+
     @classmethod
     def from_config(cls, cfg: CfgNode, dataset_name: str, output_dir: str) -> dict[str, Any]:
         return {
             "dataset_name": dataset_name,
             "tasks": ("bbox",),
             "output_dir": output_dir,
+            # The ground truth of an earlier run must not stand for a dataset that has changed.
+            "allow_cached_coco": False,
         }
 
     def evaluate(self, img_ids: Sequence[int] | None = None) -> Any:
@@ -98,7 +104,9 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
             output_dir=output_dir,
             max_dets_per_image=max_dets_per_image,
             use_fast_impl=False,
+            allow_cached_coco=False,  # it may be that of a dataset that has changed
         )
+        _fill_in(self._coco_api)
         self._dataset_name = dataset_name
         self._predictions: list[Detections] = []
 
@@ -265,6 +273,15 @@ def _log_prints() -> Iterator[None]:
         yield
     if printed.getvalue():
         logger.debug("pycocotools:\n%s", printed.getvalue().rstrip())
+
+
+def _fill_in(truth: COCO) -> None:
+    """Add what pycocotools fails without: an area, which is that of the box, and ``iscrowd`` 0."""
+    for annotation in truth.dataset.get("annotations", []):
+        annotation.setdefault("iscrowd", 0)
+        if "area" not in annotation and "bbox" in annotation:
+            _, _, width, height = annotation["bbox"]
+            annotation["area"] = width * height
 
 
 def _boxes_only(truth: COCO) -> dict[str, Any]:

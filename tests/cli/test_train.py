@@ -172,7 +172,7 @@ def test_set_without_annotations(config, out, tiny_digits, tmp_path):
     ("args", "expected"),
     [
         (["--num-gpus", "2"], "--num-gpus 2: this machine has 0"),
-        (["MODEL.RETINANET.NUM_CLASSES", "80"], "MODEL.RETINANET.NUM_CLASSES is 80, but digits"),
+        (["MODEL.RETINANET.NUM_CLASSES", "80"], "MODEL.RETINANET.NUM_CLASSES: is 80, but digits"),
         (["DATASETS.TRAIN", "('not_there',)"], "DATASETS.TRAIN: no dataset 'not_there' is"),
         (["MODEL.WEIGHTS", "/no/such/weights.pkl"], "MODEL.WEIGHTS: no file /no/such/weights.pkl"),
         (["MODEL.RETINANET.CLS_LOS", "x"], "did you mean 'MODEL.RETINANET.CLS_LOSS'"),
@@ -205,7 +205,7 @@ def test_warnings_are_printed_before_the_training(config, capsys):
     run(config, "SOLVER.BASE_LR", "0.01", "MODEL.ROI_HEADS.NUM_CLASSES", "10")
     before, after = capsys.readouterr().out.split("iteration 1/2", 1)
     assert "WARNING: SOLVER.BASE_LR 0.01 with SOLVER.IMS_PER_BATCH 2: " in before
-    assert "WARNING: MODEL.ROI_HEADS.NUM_CLASSES is set to 10" in before
+    assert "WARNING: MODEL.ROI_HEADS.NUM_CLASSES: is set to 10" in before
     assert "WARNING" not in after
 
 

@@ -80,7 +80,7 @@ def test_torchrun_prints_an_error_once(repo, tiny_digits, tmp_path):
     assert result.returncode != 0
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert lines == [
-        "error: SOLVER.IMS_PER_BATCH 3 cannot be split over 2 processes: set it to 4 and "
+        "error: SOLVER.IMS_PER_BATCH: 3 cannot be split over 2 processes: set it to 4 and "
         "SOLVER.BASE_LR to 0.00133333"
     ]
 

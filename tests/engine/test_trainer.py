@@ -264,7 +264,7 @@ def test_number_of_classes_is_checked_after_loading(tiny_cfg, tiny_digits):
         tiny_cfg.DATASETS.TRAIN = ("test_own",)
         tiny_cfg.MODEL.RETINANET.NUM_CLASSES = 4
         tiny_cfg.DATASETS.TEST = ()
-        with pytest.raises(ConfigError, match="NUM_CLASSES is 4, but test_own has 10 classes"):
+        with pytest.raises(ConfigError, match="NUM_CLASSES: is 4, but test_own has 10 classes"):
             Trainer(tiny_cfg)
     finally:
         DatasetCatalog.remove("test_own")
@@ -279,14 +279,14 @@ def test_trainer_reads_the_keys_of_the_step(tiny_cfg, one_batch):
     fast = Trainer(tiny_cfg)._trainer
     assert (fast.passes, fast.precision, fast.grad_scaler) == (2, torch.bfloat16, None)
     tiny_cfg.SOLVER.AMP.PRECISION = "float16"
-    with pytest.raises(ConfigError, match="PRECISION float16 needs a GPU"):
+    with pytest.raises(ConfigError, match="PRECISION: float16 needs a GPU"):
         Trainer(tiny_cfg)
 
 
 def test_uneven_batch_raises(tiny_cfg):
     """Before the model is built."""
     tiny_cfg.SOLVER.IMS_PER_BATCH, tiny_cfg.SOLVER.ACCUMULATE = 3, 2
-    with pytest.raises(ConfigError, match="IMS_PER_BATCH 3 cannot be split over 1 process of"):
+    with pytest.raises(ConfigError, match="IMS_PER_BATCH: 3 cannot be split over 1 process of"):
         Trainer(tiny_cfg)
 
 

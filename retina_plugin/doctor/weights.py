@@ -1,0 +1,37 @@
+"""``MODEL.WEIGHTS`` is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from detectron2.config import CfgNode
+from detectron2.utils.file_io import Detectron2Handler, PathManager
+
+from .findings import Finding, Severity
+
+__all__ = ["check_weights"]
+
+
+def check_weights(cfg: CfgNode) -> Iterator[Finding]:
+    """``MODEL.WEIGHTS`` is a file, or a URL, which is downloaded to the cache here."""
+    path = cfg.MODEL.WEIGHTS
+    if not path:
+        return
+    url = path.replace("detectron2://", Detectron2Handler.S3_DETECTRON2_PREFIX)
+    try:
+        local = PathManager.get_local_path(path)
+    except Exception as error:  # a download can fail in many ways, and the fix is always the same
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        cache = os.path.expanduser(os.getenv("FVCORE_CACHE", "~/.torch/iopath_cache"))
+        yield Finding(
+            Severity.ERROR,
+            "MODEL.WEIGHTS",
+            f"cannot download {url} ({reason})",
+            "download it by hand and set MODEL.WEIGHTS to the file, or set it to '' to train from "
+            f"scratch (downloads are kept in {cache}; the environment variable FVCORE_CACHE "
+            "changes that)",
+        )
+        return
+    if not os.path.isfile(local):
+        yield Finding(Severity.ERROR, "MODEL.WEIGHTS", f"no file {local}")
