@@ -120,8 +120,8 @@ class Fit:
             key, theirs, ours = self.classes
             raise ConfigError(
                 f"{self.path} has a head of {theirs} classes ({key}), but MODEL.RETINANET."
-                f"NUM_CLASSES is {ours}: set MODEL.RETINANET.NUM_CLASSES {theirs}, or MODEL.WEIGHTS "
-                f"to a checkpoint of {ours} classes"
+                f"NUM_CLASSES is {ours}: set MODEL.RETINANET.NUM_CLASSES {theirs}, or "
+                f"MODEL.WEIGHTS to a checkpoint of {ours} classes"
             )
         if self.other_shape:
             name, there, here = self.other_shape[0]
