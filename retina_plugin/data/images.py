@@ -51,9 +51,10 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
     the rest: PNG (OpenCV is hardly faster), CMYK and all other files, formats other than BGR and
     RGB, and truncated JPEGs, of which OpenCV 4 would return the part that it can decode.
 
-    Detectron2 reads two kinds of files wrongly, without a word; here they are errors. Of a JPEG
-    that is damaged inside it takes what libjpeg makes of the rest; libjpeg notices four of five
-    such files. Of an image with more than 8 bits a pixel it takes every value above 255 for white.
+    Detectron2 reads two kinds of files wrongly, without a word; here they are errors. Of a JPEG or
+    PNG that is damaged inside it takes what the decoder makes of the rest. (A PNG has checksums. In
+    a JPEG libjpeg notices about four of five random damages.) Of an image with more than 8 bits a
+    pixel it takes every value above 255 for white.
 
     Args:
         file_name: a path, or a URL that Detectron2's ``PathManager`` can open.
@@ -82,7 +83,7 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
 
 
 def check_readable(file_name: str, image_format: str) -> None:
-    """Raise what :func:`read_image` would raise before it has the pixels, and for a damaged JPEG.
+    """Raise what :func:`read_image` would raise for a damaged file or a wrong mode.
 
     For readers that decode the file themselves.
     """
@@ -166,6 +167,8 @@ def _read_header(
                 f"the image {file_name} has {kind} values (Pillow's mode {header.mode}), which "
                 "would be read as white or black: convert it to 8 bit"
             )
+        if header.format == "PNG":
+            header.verify()  # the checksums, which Pillow does not compare when it decodes
         if data is None or header.format != "JPEG" or header.mode not in ("RGB", "L"):
             return data, None
         if image_format not in ("BGR", "RGB") or not data.endswith(b"\xff\xd9"):

@@ -100,13 +100,18 @@ def check_records(
     corners = np.zeros(len(rows), bool)
     usable = np.zeros(len(rows), bool)
     categories = np.full(len(rows), -1)
+    raw: list[Any] = []
     for row, (_, _, annotation) in enumerate(rows):
         mode, category = annotation.get("bbox_mode"), annotation.get("category_id")
         if annotation.get("bbox") is None:
             annotation_tally.add(_NO_BOX, describe(row))
+        elif mode == BoxMode.XYWHA_ABS and not test:
+            raw.append(_upright(annotation["bbox"]))
+            usable[row] = corners[row] = True
         elif mode not in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS):
             annotation_tally.add(_NO_MODE, f"{mode!r}, {describe(row)}")
         else:
+            raw.append(annotation["bbox"])
             usable[row], corners[row] = True, mode == BoxMode.XYXY_ABS
         if not isinstance(category, (int, np.integer)) or not 0 <= category < num_classes:
             annotation_tally.add(_CATEGORY, f"{category!r}, {describe(row)}")
@@ -114,7 +119,7 @@ def check_records(
             categories[row] = category
     yield from annotation_tally.findings(len(rows))
     (index,) = np.nonzero(usable)
-    boxes, unreadable = as_boxes([rows[row][2]["bbox"] for row in index])
+    boxes, unreadable = as_boxes(raw)
     boxes[corners[index], 2:] -= boxes[corners[index], :2]
     table = BoxTable(
         boxes=boxes,
@@ -125,6 +130,14 @@ def check_records(
         describe=lambda i: describe(index[i]),
     )
     yield from check_boxes(table, where)
+
+
+def _upright(box: Any) -> Any:
+    """The corners around a box with an angle, which is what a training makes of it."""
+    try:
+        return list(BoxMode.convert(tuple(box), BoxMode.XYWHA_ABS, BoxMode.XYXY_ABS))
+    except (TypeError, ValueError, AssertionError):
+        return None
 
 
 def _is_size(value: Any) -> bool:

@@ -203,6 +203,9 @@ def check_values(cfg: CfgNode, eval_only: bool) -> Iterator[Finding]:
         for (key, value), where in _WHERE.items():
             if flat.get(key) == value:
                 needs |= where
+                for missing in where.keys() - flat.keys():
+                    what = f"is not in the config, but {key} {value} reads it"
+                    yield Finding(Severity.ERROR, missing, what, "add it")
     for key, need in needs.items():
         if key in flat and not _holds(need, flat[key]):
             yield Finding(

@@ -12,7 +12,6 @@ from detectron2.data import DatasetMapper as Detectron2DatasetMapper
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -284,29 +283,6 @@ def test_unknown_format_raises(tiny_cfg, name):
     tiny_cfg.INPUT.FORMAT = "GBR"
     with pytest.raises(ConfigError, match="INPUT.FORMAT: unknown 'GBR'; known: BGR"):
         DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)
-
-
-def test_other_files_are_read_once(write, monkeypatch):
-    """Before Detectron2's reader opens a PNG, only its header is read."""
-    opened, sizes = PathManager.open, []
-
-    class Counting(io.BytesIO):
-        def read(self, size=-1):
-            data = super().read(size)
-            sizes.append(len(data))
-            return data
-
-    def counting(path, mode):
-        with opened(path, mode) as file:
-            return Counting(file.read())
-
-    png = encode(photo(), "PNG")
-    path = write(png)
-    with monkeypatch.context() as patch:
-        patch.setattr(PathManager, "open", counting)
-        patch.setattr(detection_utils, "read_image", lambda *_: "Detectron2's")
-        assert read_image(path, "BGR") == "Detectron2's"
-    assert sum(sizes) < 200 < len(png)
 
 
 @pytest.mark.parametrize("broken", ["missing", "empty", "text", "half a JPEG", "half a PNG"])
