@@ -8,7 +8,7 @@ SETUP = PYTHON="$(PYTHON)" requirements/setup.sh
 INSTALLED := $(VENV)/installed-$(shell "$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test demo coverage docs lock test-latest clean
+.PHONY: help setup lint format test test-slow demo coverage docs lock test-latest clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -33,6 +33,10 @@ format: setup ## let ruff rewrite what it can
 test: lint ## lint, types and tests
 	$(RUN) -m pytest
 
+test-slow: setup ## what takes minutes: the tests marked slow, and ten minutes of fuzzing
+	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest tests/fuzz --hypothesis-profile=long
+
 demo: setup ## train and evaluate on the embedded digits
 	$(RUN) train_net.py --config-file configs/quick/digits_R18.yaml
 
@@ -52,5 +56,6 @@ test-latest: ## the tests with the newest versions of everything, in .venv-lates
 	.venv-latest/bin/python -m pytest
 
 clean: ## remove caches and build products; environments and output/ stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache \
+	    .hypothesis
 	find . -path "./.venv*" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -26,6 +27,16 @@ from retina_plugin.data import digits  # noqa: E402
 from retina_plugin.engine import setup_cfg  # noqa: E402
 
 torch.set_num_threads(1)
+
+# Each fuzz test tries a multiple of its profile's number of inputs. `quick` tries the same ones in
+# every run. `make test-slow` chooses `long`, whose inputs are new each time; a failing one is kept
+# in .hypothesis and tried first in the next run.
+_ANY = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+hypothesis.settings.register_profile(
+    "quick", max_examples=10, derandomize=True, database=None, **_ANY
+)
+hypothesis.settings.register_profile("long", max_examples=1000, print_blob=True, **_ANY)
+hypothesis.settings.load_profile("quick")
 
 _LOGGERS = ("detectron2", "fvcore", "retina_plugin")
 

@@ -35,6 +35,7 @@ PARSED_ONLY = {
     "make setup": "needs the network",
     "make demo": "takes minutes",
     "make test": "is this",
+    "make test-slow": "takes minutes",
     "make coverage": "is this, slower",
     "make help": "needs no test of its own",
     "python train_net.py --config-file configs/retina_R101_800.yaml --num-gpus 8": "COCO, 8 GPUs",

@@ -160,6 +160,8 @@ def import_user_modules(cfg: CfgNode) -> None:
             exception in the user's code is not caught.
     """
     for name in cfg.IMPORTS:
+        if not isinstance(name, str) or not name.isprintable() or not all(name.split(".")):
+            raise ConfigError(f"IMPORTS: {name!r:.100} is not the name of a module or a .py file")
         if not name.endswith(".py"):
             try:
                 importlib.import_module(name)

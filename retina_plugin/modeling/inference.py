@@ -89,6 +89,10 @@ class DenseInference:
     ) -> Instances:
         levels = [self._candidates(*level) for level in zip(anchors, logits, deltas)]
         boxes, scores, classes = (torch.cat(parts) for parts in zip(*levels))
+        # A delta of NaN or inf is no detection. It would also end the postprocessing with an
+        # error, and hide other boxes from the NMS, which moves classes apart by the largest one.
+        finite = boxes.isfinite().all(dim=1)
+        boxes, scores, classes = boxes[finite], scores[finite], classes[finite]
         keep = batched_nms(boxes, scores, classes, self.nms_thresh)[: self.max_detections]
         return Instances(
             image_size,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor
@@ -123,12 +124,16 @@ class OHEM:
         positives_left = int(is_positive_R[order].sum())
         chosen = kept = order[:0]
         kept_boxes = predict_boxes(kept)
+        # torchvision's NMS compares in double precision, a tensor of float32 would in float32: an
+        # IoU of .3 is above the threshold .3 there, and not here. (NaN, of two boxes without area,
+        # is above none.)
+        threshold = _float32_below(self.nms_thresh)
         for block in order.split(_BLOCK):
             positives_left -= int(is_positive_R[block].sum())
             boxes = predict_boxes(block)
             survives = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
             for survivor_boxes in kept_boxes.split(_SURVIVORS):
-                survives &= (box_iou(boxes, survivor_boxes) <= self.nms_thresh).all(dim=1)
+                survives &= ~(box_iou(boxes, survivor_boxes) > threshold).any(dim=1)
             block, boxes = block[survives], boxes[survives]
             # rank instead of score: the NMS then keeps the order of equal scores
             rank = torch.arange(len(block), 0, -1, device=boxes.device, dtype=boxes.dtype)
@@ -152,3 +157,9 @@ class OHEM:
         # a positive of a lower score would still replace a negative
         positives_final = len(positives) == max_positives or positives_left == 0
         return chosen, positives_final and len(chosen) == self.batch_size
+
+
+def _float32_below(value: float) -> float:
+    """The largest float32 that is at most ``value``: every float32 is above both or neither."""
+    nearest = np.float32(value)
+    return float(nearest if float(nearest) <= value else np.nextafter(nearest, np.float32(-1)))
