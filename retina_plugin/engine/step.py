@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from retina_plugin.errors import ConfigError
+from retina_plugin.modeling.monitoring import MeanOverPasses
 
 __all__ = ["LossLog", "StepTrainer"]
 
@@ -38,9 +39,8 @@ class StepTrainer(SimpleTrainer):
     divided by P once, after the last pass, so the backward pass of each part is that of a whole
     batch.
 
-    The logged losses are means over the passes. What the model itself puts into the event storage,
-    it puts there once a pass: of a scalar the last pass's value remains, and a picture is there P
-    times.
+    The logged losses are means over the passes, and so are the scalars that the model itself puts
+    into the event storage. A picture is there P times.
 
     The losses of ``log_period`` iterations are copied from the device together, and the rest of
     them at ``max_iter``. With ``log_period`` 1, a loss that is not finite stops the training before
@@ -92,10 +92,11 @@ class StepTrainer(SimpleTrainer):
         # Before the forward pass, so that its activations can use the memory of the old gradients.
         self.optimizer.zero_grad()
         parts = _split(data, self.passes)
-        losses = self._run_pass(parts[0], last=len(parts) == 1)
-        for i, part in enumerate(parts[1:], start=2):
-            for name, loss in self._run_pass(part, last=i == len(parts)).items():
-                losses[name] = losses[name] + loss
+        with MeanOverPasses(get_event_storage()):
+            losses = self._run_pass(parts[0], last=len(parts) == 1)
+            for i, part in enumerate(parts[1:], start=2):
+                for name, loss in self._run_pass(part, last=i == len(parts)).items():
+                    losses[name] = losses[name] + loss
         if self.passes > 1:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, 1 / self.passes)
