@@ -177,6 +177,12 @@ KEYS: dict[str, Key] = {
         "gradients of its passes are added up for one step.",
         1,
     ),
+    "SOLVER.PROCESS_TIMEOUT": Key(
+        "Several processes: when one has not been heard of, or has not got on with an iteration, "
+        "for that long (seconds), all others end, and the error names it. An evaluation or a "
+        "checkpoint may take longer.",
+        600,
+    ),
     "TEST.PRECISION": Key(
         "Precision of inference. Decoding and NMS are always float32.",
         "float32",
