@@ -242,7 +242,7 @@ def _write_coco(root: Path, split: str, scenes: Iterable[Scene]) -> None:
     annotations: list[dict[str, Any]] = []
     for index, (image, objects) in enumerate(scenes, start=1):
         name = f"{index:06d}.png"
-        (folder / name).write_bytes(cv2.imencode(".png", image)[1])
+        (folder / name).write_bytes(cv2.imencode(".png", image)[1].tobytes())
         images.append(
             {"id": index, "file_name": name, "height": image.shape[0], "width": image.shape[1]}
         )

@@ -14,11 +14,12 @@ import sys
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.file_io import Detectron2Handler, PathManager
+from detectron2.utils.file_io import Detectron2Handler
 
 from retina_plugin.config import KEYS
 from retina_plugin.errors import ConfigError, check_choice, did_you_mean
 from retina_plugin.losses import check_backend
+from retina_plugin.weights.downloads import download
 
 __all__ = [
     "check_batch_size",
@@ -270,7 +271,7 @@ def check_weights(cfg: CfgNode) -> None:
         return
     url = path.replace("detectron2://", Detectron2Handler.S3_DETECTRON2_PREFIX)
     try:
-        local = PathManager.get_local_path(path)
+        local = download(path)
     except Exception as error:  # a download can fail in many ways, and the fix is always the same
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         cache = os.path.expanduser(os.getenv("FVCORE_CACHE", "~/.torch/iopath_cache"))

@@ -20,7 +20,8 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 
 from retina_plugin.errors import ConfigError
 
-from .watch import Watch, record_error
+from .failures import one_line, record_error
+from .heartbeat import Heartbeat
 
 __all__ = ["run", "under_torchrun"]
 
@@ -51,7 +52,7 @@ def run(
         args: with ``num_machines``, ``machine_rank`` and ``dist_url`` (see Detectron2's parser).
         num_gpus: processes to start on this machine. With 0 or 1, none is started, and ``main``
             runs in this one.
-        timeout: seconds after which a process that hangs ends the others (see :class:`.Watch`).
+        timeout: seconds after which a process that hangs ends the others (see :class:`.Heartbeat`).
 
     Raises:
         ConfigError: ``torchrun`` started more processes than there are GPUs, or ``timeout`` is not
@@ -93,35 +94,35 @@ def _process(main: Callable[..., None], timeout: float, *args: Any) -> None:
     """The whole life of one process: ``main(*args)``, and how it ends."""
     several = comm.get_world_size() > 1
     with contextlib.ExitStack() as stack:
-        watch = stack.enter_context(Watch(timeout)) if several else None
+        heartbeat = stack.enter_context(Heartbeat(timeout)) if several else None
         try:
             main(*args)
         except SystemExit as end:
             if isinstance(end.code, str):
-                _report(watch, end.code)
+                _report(heartbeat, end.code)
             raise
         except Exception as error:
-            line = _one_line(error)
-            if line is None and watch is not None and _lost_connection(error):
-                line = _why_lost(watch, timeout)
-            _report(watch, line or f"{type(error).__name__}: {error}")
+            line = one_line(error)
+            if line is None and heartbeat is not None and _lost_connection(error):
+                line = _why_lost(heartbeat, timeout)
+            _report(heartbeat, line or f"{type(error).__name__}: {error}")
             if line is None:
                 raise
             sys.exit(line if line.startswith("error: ") else 1)
 
 
-def _report(watch: Watch | None, line: str) -> None:
+def _report(heartbeat: Heartbeat | None, line: str) -> None:
     record_error(line)
-    if watch is not None:
-        watch.report_failure(line)
+    if heartbeat is not None:
+        heartbeat.report_failure(line)
 
 
-def _why_lost(watch: Watch, timeout: float) -> str | None:
+def _why_lost(heartbeat: Heartbeat, timeout: float) -> str | None:
     """What ended the process that this one has lost. None: nothing is known.
 
     It begins with "error: " unless that process has printed it on this machine.
     """
-    failed = watch.find_failed()
+    failed = heartbeat.find_failed()
     if failed is None:
         return None
     if not failed.failure:
@@ -140,39 +141,3 @@ def _lost_connection(error: Exception) -> bool:
         isinstance(error, RuntimeError)
         and re.search(r"gloo|Connection (closed|reset)|Broken pipe", str(error)) is not None
     )
-
-
-def _one_line(error: Exception) -> str | None:
-    """The error of a machine that is too small, as one line with the fix; None: another error."""
-    text = str(error)
-    killed = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", text)
-    if killed is not None and "Bus error" in killed[2] or "</torch_" in text:
-        return (
-            "error: the shared memory of this machine (/dev/shm) is full, through which the data "
-            "loader's workers hand over images: enlarge it (docker run --shm-size 8g), or lower "
-            "DATALOADER.NUM_WORKERS (0 needs none)"
-        )
-    if killed is not None:
-        return (
-            f"error: a worker of the data loader (process {killed[1]}) was killed, most often "
-            "because the memory was full (`dmesg` or the scheduler's log says so): lower "
-            "DATALOADER.NUM_WORKERS or the image size, or give the job more memory; --resume goes "
-            "on from the last checkpoint"
-        )
-    if "received 0 items of ancdata" in text or "Too many open files" in text:
-        return (
-            "error: too many open files: raise the limit (`ulimit -n 65536`), or lower "
-            "DATALOADER.NUM_WORKERS"
-        )
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            f"error: the GPU's memory is full ({text.splitlines()[0]}): raise SOLVER.ACCUMULATE, "
-            "set MODEL.ACTIVATION_CHECKPOINTING True or SOLVER.AMP.ENABLED True, or take smaller "
-            "images"
-        )
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
-        return (
-            "error: the memory of this machine is full: lower DATALOADER.NUM_WORKERS, raise "
-            "SOLVER.ACCUMULATE, or take smaller images"
-        )
-    return None

@@ -24,10 +24,10 @@ from retina_plugin.modeling.monitoring import LOG_PERIOD
 from retina_plugin.modeling.normalizer import LossNormalizer
 
 from .checks import check_batch_size, check_num_classes, check_precision
+from .heartbeat import HeartbeatHook
 from .hooks import BestCheckpoint, Progress, Results
 from .performance import Autocast, inference_dtype, prepare_model, training_dtype
 from .step import StepTrainer
-from .watch import WatchedStep
 
 __all__ = ["Trainer"]
 
@@ -101,7 +101,7 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks, with ours before the writers, which write what ours measure."""
-        built = [WatchedStep(), *super().build_hooks()]
+        built = [HeartbeatHook(), *super().build_hooks()]
         if not comm.is_main_process():
             return built
         *others, writers = built

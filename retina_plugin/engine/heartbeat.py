@@ -6,6 +6,7 @@ others after its own time limit, and does not say which one did not come.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -16,7 +17,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,7 +25,9 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch.distributed.distributed_c10d import _get_default_store
 
-__all__ = ["Watch", "WatchedStep", "record_error"]
+from .failures import record_error
+
+__all__ = ["Heartbeat", "HeartbeatHook"]
 
 _TORCH = os.path.dirname(torch.__file__)
 _DISTRIBUTED = os.path.join(_TORCH, "distributed")
@@ -75,7 +77,7 @@ class _Others:
         self.read = now
 
 
-class Watch:
+class Heartbeat:
     """Ends this process when another one hangs, with one line that names it.
 
     Each process writes a short report about itself to the store of the process group, some times in
@@ -89,14 +91,14 @@ class Watch:
     Between two iterations, in an evaluation and in the first iteration, which compiles, a process
     may take as long as it likes, as long as it runs.
 
-        with Watch(timeout=600) as watch:
+        with Heartbeat(timeout=600) as heartbeat:
             train()
 
     Args:
         timeout: seconds.
     """
 
-    _current: Watch | None = None
+    _current: Heartbeat | None = None
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
@@ -108,7 +110,7 @@ class Watch:
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Heartbeat:
         store = _get_default_store()
         self._store = store.clone()  # a store is blocked while another thread waits for a key
         self._store.set_timeout(timedelta(seconds=self.timeout))
@@ -116,12 +118,12 @@ class Watch:
         comm.synchronize()  # so that every process has written its first report
         self._read()
         for work in (self._exchange, self._decide):
-            threading.Thread(target=work, name=f"watch{work.__name__}", daemon=True).start()
-        Watch._current = self
+            threading.Thread(target=work, name=f"heartbeat{work.__name__}", daemon=True).start()
+        Heartbeat._current = self
         return self
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
-        Watch._current = None
+        Heartbeat._current = None
         self._stop.set()
         if exc_type is None:
             self._update(done=True)
@@ -164,18 +166,16 @@ class Watch:
 
     def _update(self, **changes: Any) -> None:
         self._own = replace(self._own, **changes)
-        try:
+        with contextlib.suppress(RuntimeError):  # the process that holds the store has ended
             self._write()
-        except RuntimeError:
-            pass  # the process that holds the store has ended
 
     def _write(self) -> None:
         with self._lock:
             self._own = own = replace(self._own, count=self._own.count + 1)
-        self._store.set(f"watch/{own.rank}", json.dumps(asdict(own)))
+        self._store.set(f"heartbeat/{own.rank}", json.dumps(asdict(own)))
 
     def _read(self) -> None:
-        keys = [f"watch/{rank}" for rank in range(comm.get_world_size())]
+        keys = [f"heartbeat/{rank}" for rank in range(comm.get_world_size())]
         reports = [_Report(**json.loads(text)) for text in self._store.multi_get(keys)]
         with self._lock:
             self._others.update({r.rank: r for r in reports}, time.monotonic())
@@ -216,37 +216,22 @@ class Watch:
                 _end(f"error: {line}", speaks=speaker == self._own.rank)
 
 
-class WatchedStep(HookBase):
-    """Tells the :class:`Watch` of this process, if there is one, when an iteration begins and ends.
+class HeartbeatHook(HookBase):
+    """Tells this process's :class:`Heartbeat`, if it has one, when an iteration begins and ends.
 
     It stands first among the hooks: what the others do after a step is not part of the iteration.
     """
 
     def before_step(self) -> None:
-        if Watch._current is not None and self.trainer.iter > self.trainer.start_iter:
-            Watch._current.begin(self.trainer.iter)
+        if Heartbeat._current is not None and self.trainer.iter > self.trainer.start_iter:
+            Heartbeat._current.begin(self.trainer.iter)
 
     def after_step(self) -> None:
-        if Watch._current is not None:
-            Watch._current.end()
+        if Heartbeat._current is not None:
+            Heartbeat._current.end()
 
 
-def record_error(line: str) -> None:
-    """Put ``line`` into torchrun's error file: it ends the report that torchrun prints last."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path:
-        return
-    extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
-    message = {"message": {"message": line, "extraInfo": extra}}
-    try:
-        Path(path).write_text(json.dumps(message))
-    except OSError:
-        pass  # the line itself is printed anyway
-
-
-def _verdict(
-    others: _Others, own: _Report, timeout: float, now: float
-) -> tuple[str, int] | None:
+def _verdict(others: _Others, own: _Report, timeout: float, now: float) -> tuple[str, int] | None:
     """The line to end with, and the rank that prints it; None to go on."""
     running = [r for r in others.reports.values() if not r.done and not r.failure]
     unless = "A longer wait: SOLVER.PROCESS_TIMEOUT"
