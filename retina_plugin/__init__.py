@@ -3,9 +3,17 @@
 Importing the package registers its components; ``add_retina_config(cfg)`` adds its config keys.
 """
 
+import os
 import sys
 import warnings
 from pathlib import Path
+
+# GNU OpenMP, which PyTorch's CPU wheels use, lets a thread that waits for others spin for long: if
+# anything else runs on the CPU, each step takes several times as long. It reads its variables when
+# torch is imported, so this is the last moment. A user's own choice stands, and so does that of a
+# program that has imported torch itself.
+if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 try:
     import detectron2  # noqa: F401

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["atomic_write", "cache_root", "remove_stale_temporaries"]
+__all__ = [
+    "Fingerprint",
+    "atomic_write",
+    "cache_root",
+    "only_writer",
+    "remove_stale_temporaries",
+]
 
 # What is being written lies in a folder with this ending, which also holds the writer's lock.
 _ENDING = ".partial"
@@ -85,5 +93,48 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Fingerprint(NamedTuple):
+    """What tells whether a file of the cache is still as it was written.
+
+    As in git's index, the content is read only if the time of the last change is another one: so
+    thousands of files are checked in some hundredths of a second, and a copied cache is found
+    intact too.
+    """
+
+    size: int  # bytes
+    mtime_ns: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: str | Path) -> Fingerprint:
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        stat = os.stat(path)
+        return cls(stat.st_size, stat.st_mtime_ns, sha256)
+
+    def matches(self, path: str | Path) -> bool:
+        """Whether ``path`` is a file with this content."""
+        try:
+            stat = os.stat(path)
+            if stat.st_size != self.size:
+                return False
+            return stat.st_mtime_ns == self.mtime_ns or self.of(path).sha256 == self.sha256
+        except OSError:
+            return False
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block with ``folder``. Created if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(descriptor)

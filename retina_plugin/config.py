@@ -190,6 +190,12 @@ KEYS: dict[str, Key] = {
         "as they were, and a warning names its images.",
         0,
     ),
+    "SOLVER.PROCESS_TIMEOUT": Key(
+        "Several processes: when one has not been heard of, or has not got on with an iteration, "
+        "for that long (seconds), all others end, and the error names it. An evaluation or a "
+        "checkpoint may take longer.",
+        600,
+    ),
     "TEST.PRECISION": Key(
         "Precision of inference. Decoding and NMS are always float32.",
         "float32",

@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
             if warning:
                 logger.warning(warning)
         cfg.freeze()
-        run(run_process, args, num_gpus, cfg)
+        run(run_process, args, num_gpus, cfg, timeout=cfg.SOLVER.PROCESS_TIMEOUT)
     except ConfigError as error:
         fail(error, local_rank)
     except ProcessExitedException as error:

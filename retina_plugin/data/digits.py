@@ -12,8 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +22,8 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from retina_plugin.cache import cache_root
+from retina_plugin.cache import Fingerprint, atomic_write, cache_root, only_writer
+from retina_plugin.errors import ConfigError
 
 __all__ = ["CLASSES", "SceneSpec", "compose_scene", "prepare", "register"]
 
@@ -34,6 +33,8 @@ CLASSES = [str(d) for d in range(10)]
 Scene = tuple[np.ndarray, list[tuple[list[int], int]]]
 
 logger = logging.getLogger("retina_plugin")
+
+MANIFEST = "manifest.json"  # fingerprints of the files of the folder
 
 _VERSION = 2  # of the code that composes scenes: raise it when pixels change
 
@@ -72,16 +73,38 @@ def dataset_root(spec: SceneSpec = SPEC) -> Path:
 
 
 def prepare(spec: SceneSpec = SPEC) -> Path:
-    """Write the scenes if they are not there yet, and return their folder.
+    """Write the scenes if they are not there yet or are damaged, and return their folder.
 
-    The folder appears completely or not at all, so several processes may call this at once.
+    The folder appears completely or not at all. Several processes may call this at once: one
+    writes, the others wait.
 
     Raises:
+        ConfigError: the folder cannot be written.
         ModuleNotFoundError: without scikit-learn, which the extra ``demo`` installs.
     """
     root = dataset_root(spec)
-    if root.is_dir():
+    if root.is_dir() and _damaged_file(root) is None:
         return root
+    try:
+        with only_writer(root.parent):
+            _write_scenes(root, spec)
+    except OSError as error:
+        where = f" (its {_damaged_file(root)} is damaged: delete the folder)" * root.is_dir()
+        raise ConfigError(
+            f"cannot write the embedded digits to {root}{where}: {error.strerror or error}; make "
+            "room or the folder writable, or name another one in the environment variable "
+            "RETINA_PLUGIN_CACHE"
+        ) from None
+    return root
+
+
+def _write_scenes(root: Path, spec: SceneSpec) -> None:
+    """Replace ``root``, unless another process has just done so."""
+    damaged = _damaged_file(root) if root.is_dir() else None
+    if root.is_dir():
+        if damaged is None:
+            return
+        logger.warning("%s is damaged: %s; writing it again", root, damaged)
     digits, labels, photos = _sources()
     logger.info("Writing the embedded digits to %s (once, some seconds)", root)
     order = np.random.default_rng([spec.seed, 0]).permutation(len(digits))
@@ -91,9 +114,8 @@ def prepare(spec: SceneSpec = SPEC) -> Path:
         "train": (train, spec.num_train, 2),
         "dev": (dev, spec.num_dev, 3),
     }
-    root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{root.name}-", dir=root.parent))
-    try:
+    with atomic_write(root) as partial:
+        partial.mkdir()
         for split, (chosen, num_images, stream) in parts.items():
             rng = np.random.default_rng([spec.seed, stream])
             scenes = (
@@ -101,14 +123,22 @@ def prepare(spec: SceneSpec = SPEC) -> Path:
                 for _ in range(num_images)
             )
             _write_coco(partial, split, scenes)
-        partial.chmod(0o755)  # mkdtemp's folder is private, but the cache may be shared
-        partial.rename(root)
-    except OSError:
-        if not root.is_dir():  # otherwise another process was faster
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return root
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        manifest = {str(path.relative_to(partial)): Fingerprint.of(path) for path in files}
+        (partial / MANIFEST).write_text(json.dumps(manifest))
+        if damaged is not None:
+            root.rename(partial.parent / "damaged")  # deleted with the temporary folder
+
+
+def _damaged_file(root: Path) -> str | None:
+    """The first file that is not as it was written; None if all are."""
+    try:
+        manifest = json.loads((root / MANIFEST).read_text())
+        fingerprints = {name: Fingerprint(*values) for name, values in manifest.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return MANIFEST
+    damaged = (name for name, x in fingerprints.items() if not x.matches(f"{root}/{name}"))
+    return next(damaged, None)
 
 
 def _sources() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
@@ -212,8 +242,7 @@ def _write_coco(root: Path, split: str, scenes: Iterable[Scene]) -> None:
     annotations: list[dict[str, Any]] = []
     for index, (image, objects) in enumerate(scenes, start=1):
         name = f"{index:06d}.png"
-        if not cv2.imwrite(str(folder / name), image):
-            raise OSError(f"cannot write {folder / name}")
+        (folder / name).write_bytes(cv2.imencode(".png", image)[1].tobytes())
         images.append(
             {"id": index, "file_name": name, "height": image.shape[0], "width": image.shape[1]}
         )

@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterator
 
 from detectron2.config import CfgNode
-from detectron2.utils.file_io import Detectron2Handler, PathManager
+from detectron2.utils.file_io import Detectron2Handler
+
+from retina_plugin.weights.downloads import download
 
 from .findings import Finding, Severity
 
@@ -20,7 +22,7 @@ def check_weights(cfg: CfgNode) -> Iterator[Finding]:
         return
     url = path.replace("detectron2://", Detectron2Handler.S3_DETECTRON2_PREFIX)
     try:
-        local = PathManager.get_local_path(path)
+        local = download(path)
     except Exception as error:  # a download can fail in many ways, and the fix is always the same
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         cache = os.path.expanduser(os.getenv("FVCORE_CACHE", "~/.torch/iopath_cache"))

@@ -24,7 +24,12 @@ __all__ = ["LOGGERS", "console", "start_log"]
 LOGGERS = ("detectron2", "fvcore", "retina_plugin")
 
 # Deprecations in Detectron2's code, which its users cannot change. Beginnings of the messages.
-_NOISE = ("torch.meshgrid", "pkg_resources is deprecated", "`torch.jit.script` is ")
+_NOISE = (
+    "torch.meshgrid",
+    "pkg_resources is deprecated",
+    "`torch.jit.script` is ",
+    "`broadcast_buffers` is deprecated",
+)
 
 _unwritable: set[str] = set()  # log files of which a warning has said so
 

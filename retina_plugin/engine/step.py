@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from retina_plugin.errors import ConfigError
+from retina_plugin.modeling.monitoring import MeanOverPasses
 
 from .finite import StepGate
 from .step_record import StepRecord
@@ -43,9 +44,8 @@ class StepTrainer(SimpleTrainer):
     divided by P once, after the last pass, so the backward pass of each part is that of a whole
     batch.
 
-    The logged losses are means over the passes. What the model itself puts into the event storage,
-    it puts there once a pass: of a scalar the last pass's value remains, and a picture is there P
-    times.
+    The logged losses are means over the passes, and so are the scalars that the model itself puts
+    into the event storage. A picture is there P times.
 
     The losses of ``log_period`` iterations are copied from the device together, and the rest of
     them at ``max_iter``.
@@ -116,10 +116,11 @@ class StepTrainer(SimpleTrainer):
         self._watch.begin(data)
         self._gate.before_forward()
         parts = self.split(data)
-        losses = self._run_pass(parts[0], last=len(parts) == 1)
-        for i, part in enumerate(parts[1:], start=2):
-            for name, loss in self._run_pass(part, last=i == len(parts)).items():
-                losses[name] = losses[name] + loss
+        with MeanOverPasses(get_event_storage()):
+            losses = self._run_pass(parts[0], last=len(parts) == 1)
+            for i, part in enumerate(parts[1:], start=2):
+                for name, loss in self._run_pass(part, last=i == len(parts)).items():
+                    losses[name] = losses[name] + loss
         if self.passes > 1:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, 1 / self.passes)

@@ -29,6 +29,7 @@ from retina_plugin.weights import Checkpointer
 
 from .checkpoint import Checkpoints, best_checkpoint
 from .checks import check_batch_size, check_num_classes, check_precision
+from .heartbeat import HeartbeatHook
 from .hooks import Evaluation, Progress, Results
 from .performance import Autocast, inference_dtype, prepare_model, training_dtype
 from .resume import ResumableTrainer
@@ -123,6 +124,7 @@ class Trainer(ResumableTrainer):
         )
         trainer = weakref.proxy(self)
         built: list[HookBase | None] = [
+            HeartbeatHook(),
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             precise_bn,

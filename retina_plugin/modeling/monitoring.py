@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from detectron2.structures import ImageList, Instances
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from retina_plugin.losses import DenseLoss, DenseTargets
 
-__all__ = ["LOG_PERIOD", "first_image", "training_scalars"]
+__all__ = ["LOG_PERIOD", "MeanOverPasses", "first_image", "training_scalars"]
 
 # Iterations from one write of Detectron2's writers to the next.
 LOG_PERIOD = 20
@@ -21,7 +23,10 @@ LOG_PERIOD = 20
 def training_scalars(
     level_sizes: Mapping[str, int], targets: DenseTargets, cls_sums: DenseLoss, divisor_N: Tensor
 ) -> dict[str, float]:
-    """Scalars of a training step by name; each synchronises with a GPU.
+    """Scalars of a training step by name, of the images of all processes.
+
+    They are copied from the device together, which synchronises with a GPU once, and they are added
+    up over the processes together. So all processes must call this in the same iterations.
 
     Args:
         level_sizes: level ("p3") -> its number of anchors.
@@ -32,18 +37,68 @@ def training_scalars(
         - ``num_pos_anchors``: positive anchors, mean over images; the name is Detectron2's.
         - ``retinanet/num_pos_<level>``: the same for one level.
         - ``retinanet/cls_foreground``, ``retinanet/cls_background``: the parts of ``loss_cls`` with
-          label 1 and label 0.
+          label 1 and label 0. As every loss, they are means over processes.
         - ``retinanet/normalizer``: the divisor, mean over images.
     """
     labels = targets.label_NR.split(list(level_sizes.values()), dim=1)
-    positives = [(label >= 0).sum().item() / targets.num_images for label in labels]
+    # Sums over the images; float64 counts exactly.
+    sums = [(label >= 0).sum().double() for label in labels]
+    sums += [
+        divisor_N.new_tensor(targets.num_images, dtype=torch.float64),
+        divisor_N.sum().double(),
+        (cls_sums.foreground / divisor_N).sum().double(),
+        (cls_sums.background / divisor_N).sum().double(),
+    ]
+    *positives, num_images, divisors, foreground, background = _sum_over_processes(sums)
     return {
-        "num_pos_anchors": sum(positives),
-        **{f"retinanet/num_pos_{name}": x for name, x in zip(level_sizes, positives)},
-        "retinanet/cls_foreground": (cls_sums.foreground / divisor_N).sum().item(),
-        "retinanet/cls_background": (cls_sums.background / divisor_N).sum().item(),
-        "retinanet/normalizer": divisor_N.mean().item(),
+        "num_pos_anchors": sum(positives) / num_images,
+        **{f"retinanet/num_pos_{k}": x / num_images for k, x in zip(level_sizes, positives)},
+        "retinanet/cls_foreground": foreground / comm.get_world_size(),
+        "retinanet/cls_background": background / comm.get_world_size(),
+        "retinanet/normalizer": divisors / num_images,
     }
+
+
+def _sum_over_processes(scalars: Sequence[Tensor]) -> list[float]:
+    stacked = torch.stack(list(scalars))
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(stacked)
+    return stacked.tolist()
+
+
+class MeanOverPasses(EventStorage):
+    """The event storage of a step that splits its batch into passes (``SOLVER.ACCUMULATE``).
+
+    A model puts its scalars once a pass. This storage keeps them, and at the end of the ``with``
+    block it puts their means into the storage around it. Pictures and histograms go there at once.
+
+        with MeanOverPasses(get_event_storage()):
+            for part in parts:
+                model(part)
+    """
+
+    def __init__(self, storage: EventStorage) -> None:
+        super().__init__(storage.iter)
+        self._around = storage
+
+    def put_image(self, *args: Any, **kwargs: Any) -> None:
+        self._around.put_image(*args, **kwargs)
+
+    def put_histogram(self, *args: Any, **kwargs: Any) -> None:
+        self._around.put_histogram(*args, **kwargs)
+
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)
+        if exc_type is None:
+            hints = self.smoothing_hints()
+            for name, history in self.histories().items():
+                values, iterations = zip(*history.values())
+                self._around.put_scalar(
+                    name,
+                    sum(values) / len(values),
+                    smoothing_hint=hints[name],
+                    cur_iter=iterations[-1],
+                )
 
 
 def first_image(

@@ -20,10 +20,12 @@ class LossNormalizer(nn.Module):
     - per_image: mean over n of S_n / max(F_n, 1). The paper: "normalized by the number of anchors
       assigned to a ground-truth box" of the image (section 4.1); the mean over images is ours.
     - per_gpu: sum of S_n / sum of (F_n + 1), over the images of the process (Detectron).
-    - global: sum of S_n / max(mean over processes of sum of F_n, 1). DistributedDataParallel
-      averages the gradients over processes, which gives those of one process with the whole batch.
-    - ema: sum of S_n / E with E <- momentum E + (1 - momentum) max(F, 1), as in Detectron2, where
-      F is the mean over processes of sum of F_n (in Detectron2 each process has its own F and E).
+    - global: sum of S_n / F with F = max(sum of F_n over the images of all W processes, 1) / W.
+      DistributedDataParallel averages the gradients over processes, which gives those of one
+      process with the whole batch.
+    - ema: sum of S_n / E with E <- momentum E + (1 - momentum) F and the same F. In Detectron2 each
+      process has its own: F = max(sum of F_n, 1). As there, E begins at 100 positives a process,
+      so W processes are one process that begins at 100 W.
 
     E is the buffer ``ema``, so it moves with the model. The trainer's state dict holds it, so that
     a resumed training continues with it. The model's state dict does not: its keys are
@@ -60,15 +62,15 @@ class LossNormalizer(nn.Module):
         if self.mode == "per_gpu":
             divisor = (num_positives_N + 1).sum().float()
         else:
-            divisor = _mean_over_processes(num_positives_N.sum().float()).clamp(min=1)
+            divisor = _sum_over_processes(num_positives_N.sum().float()).clamp(min=1)
+            divisor = divisor / comm.get_world_size()
             if self.mode == "ema":
                 self.ema.mul_(self.momentum).add_(divisor, alpha=1 - self.momentum)
                 divisor = self.ema.clone()
         return divisor.expand(len(num_positives_N))
 
 
-def _mean_over_processes(x: Tensor) -> Tensor:
+def _sum_over_processes(x: Tensor) -> Tensor:
     if comm.get_world_size() > 1:
         torch.distributed.all_reduce(x)
-        x /= comm.get_world_size()
     return x

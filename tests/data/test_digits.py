@@ -1,8 +1,14 @@
 """The embedded digits: disjoint splits, reproducible scenes, COCO format, tight boxes."""
 
+import errno
 import itertools
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,6 +18,7 @@ from detectron2.data.datasets import load_coco_json
 from sklearn.datasets import load_digits
 
 from retina_plugin.data import digits
+from retina_plugin.errors import ConfigError
 
 SPEC = digits.SceneSpec(image_size=96, num_train=6, num_dev=3, num_val=4, max_side=50)
 GREY = [np.full((96, 96, 3), 128, np.uint8)]
@@ -84,6 +91,8 @@ def test_same_seed_gives_the_same_bytes(tmp_path, monkeypatch):
         {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
         for root in roots
     )
+    for files in (first, second, other):
+        assert set(json.loads(files.pop(digits.MANIFEST))) == set(files)
     assert first == second
     assert len(first) == SPEC.num_train + SPEC.num_dev + SPEC.num_val + 3
     assert first.keys() == other.keys()
@@ -211,34 +220,118 @@ def test_prepare_writes_once(cache, monkeypatch):
     assert digits.prepare(SPEC) == root
 
 
-def test_interrupted_prepare_leaves_no_folder(cache, monkeypatch):
-    """The folder appears completely or not at all: here the disk is full in the middle."""
-    write = cv2.imwrite
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")],
+)
+def test_disk_that_cannot_be_written_is_one_line(cache, monkeypatch, code, reason):
+    """With the folder and RETINA_PLUGIN_CACHE. Nothing is left of what was written."""
+    write = Path.write_bytes
 
-    def full_disk(path, image):
-        return "train" not in path and write(path, image)
+    def fail(path, data):
+        if path.parent.name == "train":
+            raise OSError(code, os.strerror(code))
+        return write(path, data)
 
-    monkeypatch.setattr(cv2, "imwrite", full_disk)
-    with pytest.raises(OSError, match="cannot write"):
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(ConfigError) as error:
         digits.prepare(SPEC)
+    line = str(error.value)
+    assert line.startswith(f"cannot write the embedded digits to {digits.dataset_root(SPEC)}: ")
+    assert reason in line and "RETINA_PLUGIN_CACHE" in line and "\n" not in line
     assert list(cache.iterdir()) == []
 
 
-def test_two_processes_may_prepare_at_once(cache, monkeypatch):
-    """The slower one uses the other's folder and removes its own."""
-    write = cv2.imwrite
-    root = digits.dataset_root(SPEC)
+def test_cache_that_is_a_file_is_one_line(cache):
+    cache.write_text("")
+    with pytest.raises(ConfigError, match="cannot write the embedded digits to .*: File exists"):
+        digits.prepare(SPEC)
 
-    def other_is_faster(path, image):
-        if "train" in path and not root.is_dir():
-            root.mkdir()
-            (root / "by_the_other_process").touch()
-        return write(path, image)
 
-    monkeypatch.setattr(cv2, "imwrite", other_is_faster)
-    assert digits.prepare(SPEC) == root
+def content(root):
+    """File -> bytes, without the manifest, which has times."""
+    files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    del files[digits.MANIFEST]
+    return files
+
+
+DAMAGES = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.unlink(),
+    "another content": lambda path: path.write_bytes(path.read_bytes()[:-9] + b"012345678"),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["train.json", "val/000002.png", digits.MANIFEST])
+def test_damaged_folder_is_written_again(scenes, cache, log, name, damage):
+    """Every file that a killed run, a full disk or a person can leave behind."""
+    shutil.copytree(scenes, digits.dataset_root(SPEC))
+    DAMAGES[damage](digits.dataset_root(SPEC) / name)
+    root = digits.prepare(SPEC)
+    assert f"{root} is damaged: {name}; writing it again" in log.text
+    assert content(root) == content(scenes)
     assert [path.name for path in cache.iterdir()] == [root.name]
-    assert (root / "by_the_other_process").is_file()
+
+
+def test_copied_folder_is_whole(scenes, cache, monkeypatch):
+    """The times of its files differ, their contents do not."""
+    shutil.copytree(scenes, digits.dataset_root(SPEC), copy_function=shutil.copyfile)
+    monkeypatch.setattr(digits, "compose_scene", None)
+    digits.prepare(SPEC)
+
+
+def test_damaged_folder_that_cannot_be_written_is_named(scenes, cache, monkeypatch):
+    """The line says which file is damaged and what to delete."""
+    root = digits.dataset_root(SPEC)
+    shutil.copytree(scenes, root)
+    (root / "val.json").unlink()
+
+    def fail(path, data):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(ConfigError, match=r"\(its val.json is damaged: delete the folder\): "):
+        digits.prepare(SPEC)
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from retina_plugin.data import digits
+from retina_plugin.errors import ConfigError
+spec = digits.SceneSpec(image_size=96, num_train=6, num_dev=3, num_val=4, max_side=50)
+if sys.argv[1] == "killed":
+    write = Path.write_bytes
+    def kill(path, data):
+        if path.parent.name == "train" and path.name == "000003.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(path, data)
+    Path.write_bytes = kill
+compose, composed = digits.compose_scene, []
+digits.compose_scene = lambda *args: composed.append(1) or compose(*args)
+digits.prepare(spec)
+print(len(composed))
+"""
+
+
+def writer(cache, how):
+    env = os.environ | {"RETINA_PLUGIN_CACHE": str(cache), "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", WRITER, how]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def test_processes_that_are_killed_or_write_at_once(scenes, cache):
+    """The next one sweeps what a killed one left; of two, one writes and the other waits."""
+    assert writer(cache, "killed").wait(60) == -signal.SIGKILL
+    assert len(list(cache.iterdir())) == 1 and not digits.dataset_root(SPEC).exists()
+    two = [writer(cache, "whole") for _ in range(2)]
+    composed = [int(process.communicate(timeout=60)[0]) for process in two]
+    assert sorted(composed) == [0, 13] and [process.returncode for process in two] == [0, 0]
+    assert [path.name for path in cache.iterdir()] == [digits.dataset_root(SPEC).name]
+    assert content(digits.dataset_root(SPEC)) == content(scenes)
 
 
 def test_registered_datasets_are_written_on_first_use(cache, monkeypatch):

@@ -127,20 +127,48 @@ def _library() -> ctypes.CDLL:
 
 
 def _build(compiler: list[str]) -> Path:
-    key = hashlib.sha256(_SOURCE.read_bytes())
+    """The compiled library, which ends with its digest: a linker ignores what follows."""
+    key = hashlib.sha256(b"ends with its digest" + _SOURCE.read_bytes())
     key.update("\n".join([*compiler, *_FLAGS, _target(compiler)]).encode())
     path = cache_root() / f"native-{key.hexdigest()[:16]}.so"
-    if path.is_file():
+    # To load a library that was cut short ends the process.
+    if _is_whole(path):
         return path
-    logger.info("Compiling %s with %s", _SOURCE.name, " ".join(compiler))
-    with atomic_write(path) as built:
-        for tuning in _TUNING:
-            command = [*compiler, *_FLAGS, *tuning, str(_SOURCE), "-o", str(built)]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode == 0:
-                return path
-        first = next((line for line in result.stderr.splitlines() if "error" in line), "no message")
-        raise RuntimeError(f"{compiler[0]} cannot compile {_SOURCE.name}: {first}")
+    again = " again: the cached library is damaged" if path.exists() else ""
+    logger.info("Compiling %s with %s%s", _SOURCE.name, " ".join(compiler), again)
+    try:
+        with atomic_write(path) as built:
+            _compile(compiler, built)
+            built.write_bytes(built.read_bytes() + _digest(built.read_bytes()))
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot write the compiled kernel to {path} ({error.strerror or error}): name another "
+            "folder in the environment variable RETINA_PLUGIN_CACHE"
+        ) from None
+    return path
+
+
+def _compile(compiler: list[str], built: Path) -> None:
+    for tuning in _TUNING:
+        command = [*compiler, *_FLAGS, *tuning, str(_SOURCE), "-o", str(built)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode == 0:
+            return
+    first = next((line for line in result.stderr.splitlines() if "error" in line), "no message")
+    raise RuntimeError(f"{compiler[0]} cannot compile {_SOURCE.name}: {first}")
+
+
+def _digest(library: bytes) -> bytes:
+    return hashlib.sha256(library).digest()
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    size = len(content) - len(_digest(b""))
+    return _digest(content[:size]) == content[size:]
 
 
 def _target(compiler: list[str]) -> str:

@@ -1,5 +1,10 @@
 """The kernel for CPUs: what other backends need not prove. Its numbers: test_dense.py."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -11,6 +16,7 @@ from retina_plugin.losses import (
     HingeLoss,
     dense_classification_loss,
 )
+from retina_plugin.losses.backends import native
 from tests.losses.reference import A, K, background, needs_compiler, random_logits, random_targets
 
 pytestmark = needs_compiler
@@ -67,3 +73,70 @@ def test_float64_and_losses_without_a_formula_raise():
     for loss in (HingeLoss(), Derived()):
         with pytest.raises(ConfigError, match=f"native cannot do {type(loss).__name__}"):
             dense_classification_loss(random_logits(), targets, loss, K, backend="native")
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not a library"),
+    "cut to 1000 bytes": lambda path: os.truncate(path, 1000),
+    "cut to 20000 bytes": lambda path: os.truncate(path, 20000),
+    "without its last byte": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "flipped": lambda path: path.write_bytes(flip(path.read_bytes())),
+}
+
+LOAD = """
+from retina_plugin.losses.backends import native
+assert native.unavailable() is None, native.unavailable()
+"""
+
+
+def flip(content):
+    """One bit in the middle."""
+    half = len(content) // 2
+    return content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """The compiled library in a cache of its own. Compiling again takes no time: it is a copy."""
+    whole = native._build(compiler()).read_bytes()
+    monkeypatch.setenv("RETINA_PLUGIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "_compile", lambda _, built: built.write_bytes(whole[:-32]))
+    path = native._build(compiler())
+    assert path.parent == tmp_path / "cache" and path.read_bytes() == whole
+    return path
+
+
+def compiler():
+    return [next(c for c in ("c++", "g++") if shutil.which(c))]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_library_is_compiled_again(library, damage, log):
+    """Not loaded, which could end the process, nor replaced by plain PyTorch."""
+    whole = library.read_bytes()
+    DAMAGES[damage](library)
+    assert native._build(compiler()) == library
+    assert "again: the cached library is damaged" in log.text
+    assert library.read_bytes() == whole and list(library.parent.iterdir()) == [library]
+
+
+def test_whole_library_is_not_compiled_again(library, monkeypatch):
+    monkeypatch.setattr(native, "_compile", None)
+    assert native._build(compiler()) == library
+
+
+def test_library_that_was_cut_does_not_end_the_process(library):
+    """It is compiled and loaded in a process of its own. Loading what was cut is SIGBUS."""
+    os.truncate(library, 20000)
+    env = os.environ | {"RETINA_PLUGIN_CACHE": str(library.parent), "PYTHONPATH": os.getcwd()}
+    assert subprocess.run([sys.executable, "-c", LOAD], env=env, timeout=120).returncode == 0
+
+
+def test_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    """With its variable."""
+    cache = tmp_path / "file"
+    cache.write_text("")
+    monkeypatch.setenv("RETINA_PLUGIN_CACHE", str(cache))
+    with pytest.raises(RuntimeError, match=f"kernel to {cache}/native.*RETINA_PLUGIN_CACHE"):
+        native._build(compiler())

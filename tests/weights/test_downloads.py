@@ -1,0 +1,92 @@
+"""Downloaded weights: once, and again when the file in the cache is damaged."""
+
+import functools
+import http.server
+import io
+import os
+import pickle
+import threading
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+from retina_plugin.weights.downloads import download
+
+
+def pickled():
+    return pickle.dumps({"model": {"a.weight": list(range(1000))}}, protocol=4)
+
+
+def zipped():
+    stream = io.BytesIO()
+    torch.save({"model": {"a.weight": torch.arange(1000)}}, stream)
+    return stream.getvalue()
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Keeps the paths that were asked for, in ``requests``."""
+
+    def log_message(self, *args):
+        self.requests.append(self.path)
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """served(content): a URL that gives it, and the list of requests."""
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    Handler.requests = []
+    (tmp_path / "served").mkdir()
+    handler = functools.partial(Handler, directory=str(tmp_path / "served"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        def put(content):
+            name = f"{uuid.uuid4().hex}.pkl"  # the process remembers the URLs that it has seen
+            (tmp_path / "served" / name).write_bytes(content)
+            return f"http://127.0.0.1:{server.server_port}/{name}", Handler.requests
+
+        yield put
+        server.shutdown()
+
+
+DAMAGES = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "without its last byte": lambda content: content[:-1],
+    "flipped": lambda content: content[:500] + bytes([content[500] ^ 1]) + content[501:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("content", [pickled(), zipped()], ids=["pkl", "pth"])
+def test_damaged_file_is_downloaded_again(served, log, content, damage):
+    url, requests = served(content)
+    local = download(url)
+    assert Path(local).read_bytes() == content and len(requests) == 1
+    assert download(url) == local and len(requests) == 1
+    Path(local).write_bytes(DAMAGES[damage](content))
+    assert Path(download(url)).read_bytes() == content and len(requests) == 2
+    assert f"{local} is damaged: downloading it again" in log.text
+    download(url)
+    assert len(requests) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "without its last byte"])
+@pytest.mark.parametrize("content", [pickled(), zipped()], ids=["pkl", "pth"])
+def test_damaged_file_without_a_fingerprint_is_downloaded_again(served, content, damage):
+    """Detectron2 has put it there: a flipped bit cannot be seen, a missing end can."""
+    url, requests = served(content)
+    local = download(url)
+    os.remove(f"{local}.fingerprint")
+    Path(local).write_bytes(DAMAGES[damage](content))
+    assert Path(download(url)).read_bytes() == content and len(requests) == 2
+
+
+def test_file_of_the_user_is_left_alone(tmp_path):
+    """It is not in the cache: nothing is written beside it."""
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"")
+    assert download(str(path)) == str(path)
+    assert list(tmp_path.iterdir()) == [path]
