@@ -345,7 +345,7 @@ def rebuilt(*arguments):
 
 def test_a_tensor_stays_in_its_memory(tmp_path):
     """Sizes, strides and offsets of a pickle are checked against its bytes."""
-    storage = torch.arange(4.0).storage()
+    storage = torch.arange(4.0)._typed_storage()
     good = rebuilt(storage, 0, (2, 2), (2, 1), False, collections.OrderedDict())
     dump({"model": {"a": good}, "__author__": ""}, tmp_path / "a.pkl")
     assert read_checkpoint(tmp_path / "a.pkl")["model"]["a"].tolist() == [[0, 1], [2, 3]]
