@@ -1,6 +1,7 @@
 """Checkpoints: written whole, damaged ones are found, and only what fits is taken."""
 
 import errno
+import logging
 import os
 import pickle
 import resource
@@ -327,9 +328,8 @@ def test_resume_falls_back_to_the_weights(tmp_path, save, log):
 
 def lines(log):
     """What the console shows of loading."""
-    return [
-        r.getMessage() for r in log.records if r.levelname != "INFO" or r.name == "retina_plugin"
-    ]
+    shown = (r for r in log.records if r.levelno > logging.INFO or r.name == "retina_plugin")
+    return [record.getMessage() for record in shown]
 
 
 def load(tmp_path, state, model=None, name="a.pth", query=""):

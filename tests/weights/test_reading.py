@@ -427,6 +427,21 @@ def test_environment_cannot_turn_the_check_off(tmp_path, monkeypatch):
     error(tmp_path / "a.pth")
 
 
+@pytest.mark.parametrize("save", [torch.save, old])
+def test_torch_is_told_to_run_nothing_too(tmp_path, monkeypatch, save):
+    """In case that a file gets past our own check."""
+    told, load = [], torch.load
+
+    def record(*args, **kwargs):
+        told.append(kwargs["weights_only"])
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", record)
+    save(STATE, tmp_path / "a.pth")
+    check_state(read_checkpoint(tmp_path / "a.pth")["model"])
+    assert told == [True]
+
+
 def test_threads_may_read_at_once(tmp_path):
     """torch's list of admitted names is global."""
     torch.save({"model": ARRAYS}, tmp_path / "a.pth")
