@@ -73,7 +73,7 @@ class FocalRetinaNet(DenseDetector):
         With ``cfg.MODEL.META_ARCHITECTURE = "FocalRetinaNet"``::
 
             model = detectron2.modeling.build_model(cfg).eval()  # random weights
-            DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+            retina_plugin.weights.Checkpointer(model).load(cfg.MODEL.WEIGHTS)
             image = torch.as_tensor(cv2.imread("a.jpg").transpose(2, 0, 1))  # (3, H, W), BGR
             instances = model([{"image": image}])[0]["instances"]
     """

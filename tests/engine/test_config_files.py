@@ -166,6 +166,7 @@ def test_circle_of_bases_raises(write, tmp_path, spelling, files):
     said = error("a.yaml")
     assert "inherits itself by _BASE_: a.yaml -> " in said
     assert ("b.yaml" in said) == (files == 2)
+    assert said.count(" -> ") == files  # found when it closes, and not a round later
 
 
 def test_bases_that_share_bases_are_read_once(write):

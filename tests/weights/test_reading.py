@@ -345,7 +345,7 @@ def rebuilt(*arguments):
 
 def test_a_tensor_stays_in_its_memory(tmp_path):
     """Sizes, strides and offsets of a pickle are checked against its bytes."""
-    storage = torch.arange(4.0).storage()
+    storage = torch.arange(4.0)._typed_storage()
     good = rebuilt(storage, 0, (2, 2), (2, 1), False, collections.OrderedDict())
     dump({"model": {"a": good}, "__author__": ""}, tmp_path / "a.pkl")
     assert read_checkpoint(tmp_path / "a.pkl")["model"]["a"].tolist() == [[0, 1], [2, 3]]
@@ -425,6 +425,21 @@ def test_environment_cannot_turn_the_check_off(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"a": hostile.Call(print, "ran")}, tmp_path / "a.pth")
     error(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("save", [torch.save, old])
+def test_torch_is_told_to_run_nothing_too(tmp_path, monkeypatch, save):
+    """In case that a file gets past our own check."""
+    told, load = [], torch.load
+
+    def record(*args, **kwargs):
+        told.append(kwargs["weights_only"])
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", record)
+    save(STATE, tmp_path / "a.pth")
+    check_state(read_checkpoint(tmp_path / "a.pth")["model"])
+    assert told == [True]
 
 
 def test_threads_may_read_at_once(tmp_path):
