@@ -27,7 +27,7 @@ VARIATIONS = {
     "plain": [],
     "workers": ["DATALOADER.NUM_WORKERS", "2"],
     "accumulate": ["SOLVER.ACCUMULATE", "2", "MODEL.RETINANET.NORMALIZER", "per_image"],
-    "ema": ["MODEL.RETINANET.NORMALIZER", "ema", "MODEL.RESNETS.NORM", "GN"],
+    "ema": ["MODEL.RETINANET.NORMALIZER", "ema", "MODEL.FPN.NORM", "BN"],
     "no grouping": ["DATALOADER.ASPECT_RATIO_GROUPING", "False", "SEED", "-1"],
     "detectron2's mapper": ["INPUT.MAPPER", "DatasetMapper", "DATALOADER.NUM_WORKERS", "1"],
     "precise batch norm": ["TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2"],
