@@ -85,6 +85,7 @@ class ResumableTrainer(DefaultTrainer):
         del checkpoint  # it is read again, and is large
         self.checkpointer.load(path)
         self.start_iter = self.iter + 1
+        self._checkpoints.saved = os.path.basename(path)
         if self._saved_state:
             restore_process(
                 self._saved_state["processes"], self.checkpointer.model, self._checkpoints.loaders
