@@ -78,6 +78,7 @@ def load_model(cfg: CfgNode, resume: bool) -> nn.Module:
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer.check_complete()
     logger.info("%-11s %s", "Weights", checkpointer.loaded_from)
     return model
 

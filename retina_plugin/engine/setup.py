@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 import importlib.util
-import logging
 import os
 import sys
 import tempfile
@@ -18,10 +16,11 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.config.compat import guess_version
 from detectron2.engine import default_argument_parser
-from detectron2.utils.file_io import PathManager
 
-from retina_plugin.config import REMOVED_KEYS, add_retina_config, flatten, get_config_file
+from retina_plugin.config import REMOVED_KEYS, add_retina_config, flatten
 from retina_plugin.errors import ConfigError, did_you_mean
+
+from .config_files import base_and_own, find_config, load_config, merge
 
 __all__ = [
     "argument_parser",
@@ -31,8 +30,6 @@ __all__ = [
     "load_config",
     "setup_cfg",
 ]
-
-logger = logging.getLogger("retina_plugin")
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -73,16 +70,24 @@ def setup_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
     _check_groups(loaded, cfg, config_file)
     _check_removed(flatten(loaded), config_file)
     _check_removed(opts[::2], "the overrides")
-    if "VERSION" not in loaded:  # Detectron2 would name the temporary file below
-        loaded["VERSION"] = guess_version(CfgNode(loaded), config_file)
+    version = loaded.get("VERSION", cfg.VERSION)
+    if version not in (1, cfg.VERSION):
+        raise ConfigError(
+            f"{config_file}: VERSION must be 1 or {cfg.VERSION}, got {version!r:.100}"
+        )
     try:
+        if "VERSION" not in loaded:  # Detectron2 would name the temporary file below
+            loaded["VERSION"] = guess_version(CfgNode(loaded), config_file)
         # Detectron2 merges files only, and upgrades the keys of old versions while it does.
         with tempfile.TemporaryDirectory() as folder:
             merged = Path(folder, Path(config_file).name)
             merged.write_text(yaml.safe_dump(loaded), encoding="utf-8")
             cfg.merge_from_file(str(merged), allow_unsafe=False)
         cfg.merge_from_list(opts)
-    except (KeyError, AssertionError, ValueError, TypeError, AttributeError) as error:
+    except (
+        *(KeyError, AssertionError, ValueError, TypeError, AttributeError),
+        *(RecursionError, MemoryError),  # a value of a thousand brackets
+    ) as error:
         raise ConfigError(_explain(error, cfg, config_file)) from None
     if default_output_dir == cfg.OUTPUT_DIR:
         cfg.OUTPUT_DIR = os.path.join("output", Path(config_file).stem)
@@ -90,109 +95,12 @@ def setup_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
     return cfg
 
 
-def load_config(config_file: str) -> dict[str, Any]:
-    """The settings of a YAML file, merged over those of its ``_BASE_``.
-
-    ``_BASE_`` is a file, relative to the folder of the file that names it, or the name of one of
-    the paper's configs. It may be a list of these; later ones win.
-
-    Args:
-        config_file: a file, or a name for :func:`retina_plugin.get_config_file`.
-
-    Raises:
-        ConfigError: there is no such file or config, it is not a YAML mapping, or its bases form a
-            circle.
-    """
-    base, own = _base_and_own(find_config(config_file), ())
-    return _merge(own, base)
-
-
-def find_config(name: str, folder: str = "") -> str:
-    """Path or URL of a config file.
-
-    Args:
-        name: a file, or a name for :func:`retina_plugin.get_config_file`.
-        folder: a relative path is relative to it.
-
-    Raises:
-        ConfigError: there is no such file or config.
-    """
-    path = name if "://" in name else os.path.join(folder, os.path.expanduser(name))
-    if "://" in path:
-        return path
-    if PathManager.isfile(path):
-        return os.path.normpath(path)
-    try:
-        return get_config_file(name)
-    except ConfigError as error:
-        raise ConfigError(f"there is no file {path}, and {error}") from None
-
-
-def _base_and_own(path: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings that a file inherits, and those that it has itself."""
-    if path in seen:
-        raise ConfigError(f"{path} inherits itself: {' -> '.join([*seen, path])}")
-    own = _read_yaml(path)
-    bases = own.pop("_BASE_", [])
-    merged: dict[str, Any] = {}
-    for name in [bases] if isinstance(bases, str) else bases:
-        try:
-            base_path = find_config(name, os.path.dirname(path))
-        except ConfigError as error:
-            raise ConfigError(f"{path}: _BASE_: {error}") from None
-        inherited, settings = _base_and_own(base_path, (*seen, path))
-        merged = _merge(_merge(settings, inherited), merged)
-    return merged, own
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        with PathManager.open(path, "r", encoding="utf-8") as file:
-            text = file.read()
-        settings = yaml.safe_load(text)
-    except yaml.constructor.ConstructorError:
-        # Detectron2's own RetinaNet config computes anchor sizes by a tag that runs Python code.
-        logger.warning("%s has YAML tags that run Python code: use it only if you trust it", path)
-        settings = yaml.unsafe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        # The error of the YAML parser has several lines.
-        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path} is not a mapping of keys")
-    _check_keys(settings, path)
-    bases = settings.get("_BASE_", [])
-    if not isinstance(bases, (str, list)) or not all(isinstance(name, str) for name in bases):
-        raise ConfigError(f"{path}: _BASE_ must be a file or a list of files, got {bases}")
-    return settings
-
-
 def _check_groups(settings: dict[str, Any], cfg: CfgNode, path: str, prefix: str = "") -> None:
     for key, value in settings.items():
         if isinstance(cfg.get(key), CfgNode):
             if not isinstance(value, dict):
-                raise ConfigError(f"{path}: {prefix}{key} is a group of keys, got {value!r}")
+                raise ConfigError(f"{path}: {prefix}{key} is a group of keys, got {value!r:.100}")
             _check_groups(value, cfg[key], path, f"{prefix}{key}.")
-
-
-def _check_keys(settings: dict[Any, Any], path: str) -> None:
-    for key, value in settings.items():
-        if not isinstance(key, str):
-            raise ConfigError(f"{path}: the key {key!r} is not a name")
-        if isinstance(value, dict):
-            _check_keys(value, path)
-
-
-def _merge(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """A copy of ``base`` with ``settings`` merged over it."""
-    merged = copy.deepcopy(base)
-    for key, value in settings.items():
-        if isinstance(value, dict) and key in merged:
-            if not isinstance(merged[key], dict):
-                raise ConfigError(f"{key} is a group of keys, but a value in a base")
-            merged[key] = _merge(value, merged[key])
-        else:
-            merged[key] = copy.deepcopy(value)
-    return merged
 
 
 def _check_removed(keys: Iterable[str], where: str) -> None:
@@ -205,7 +113,7 @@ def _check_removed(keys: Iterable[str], where: str) -> None:
 
 def _explain(error: Exception, cfg: CfgNode, config_file: str) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) else error)
-    text = " ".join(text.split())
+    text = " ".join(text.split())[:500] or "a value is nested too deeply"
     key = text.rsplit(": ", 1)[-1] if text.startswith("Non-existent") else ""
     similar = did_you_mean(key, flatten(cfg)) if key else ""
     return f"{config_file} or the overrides: {text}{similar}"
@@ -224,15 +132,17 @@ def learning_rate_warning(config_file: str, cfg: CfgNode) -> str | None:
     Returns:
         The warning, or None.
     """
-    base, own = _base_and_own(find_config(config_file), ())
-    solvers = [base.get("SOLVER", {}), _merge(own, base).get("SOLVER", {}), cfg.SOLVER]
+    base, own = base_and_own(config_file)
+    solvers = [base.get("SOLVER", {}), merge(own, base).get("SOLVER", {}), cfg.SOLVER]
     names = [f"the bases of {config_file}", config_file]
     for before, after, where in zip(solvers, solvers[1:], names):
         if not {"BASE_LR", "IMS_PER_BATCH"} <= before.keys():
             continue
-        # YAML reads 1e-2 as text.
-        old_rate, rate = float(before["BASE_LR"]), float(after["BASE_LR"])
-        old_batch, batch = int(before["IMS_PER_BATCH"]), int(after["IMS_PER_BATCH"])
+        try:  # YAML reads 1e-2 as text
+            old_rate, rate = float(before["BASE_LR"]), float(after["BASE_LR"])
+            old_batch, batch = int(before["IMS_PER_BATCH"]), int(after["IMS_PER_BATCH"])
+        except (TypeError, ValueError):
+            continue  # a base has something else there, which the file overrides
         if (rate == old_rate) != (batch == old_batch):
             return (
                 f"SOLVER.BASE_LR {rate:g} with SOLVER.IMS_PER_BATCH {batch}: {where} has "

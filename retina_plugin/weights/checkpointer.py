@@ -9,14 +9,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
+from fvcore.common.checkpoint import _filter_reused_missing_keys
 
 from retina_plugin.cache import atomic_write
 from retina_plugin.errors import ConfigError
 
+from .fit import Fit, check_finite, class_counts, remove_prefixes
 from .reading import read_checkpoint
 
 __all__ = ["Checkpointer"]
@@ -42,6 +45,8 @@ class Checkpointer(DetectionCheckpointer):
 
     loaded_from = ""
     """The file or URL that was loaded last."""
+    fit: Fit | None = None
+    """What was loaded of it; None if nothing was."""
 
     def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
         """Write the model, the checkpointables and ``extra`` to NAME.pth in the folder.
@@ -138,17 +143,79 @@ class Checkpointer(DetectionCheckpointer):
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Detectron2's, for a file of any format that :func:`read_checkpoint` knows.
 
+        If something was not loaded, one line says how much; the names are in log.txt.
+
         Raises:
-            ConfigError: the file is damaged, no weights file, or would run code.
+            ConfigError: the file is missing, damaged, no weights file, or would run code; it has
+                numbers that are not finite; nothing of it fits the model.
         """
-        self.loaded_from = path
+        self.loaded_from, self.fit = path, None
         try:
-            return super().load(path, *args, **kwargs)
+            found = super().load(path, *args, **kwargs)
+        except AssertionError as error:  # Detectron2 cannot find the file
+            raise ConfigError(str(error)) from None
         finally:
             self._parsed_url_during_load = None  # Detectron2 leaves it set after an error
+        return found
+
+    def check_complete(self) -> None:
+        """Stop an evaluation whose model was not loaded completely.
+
+        Raises:
+            ConfigError: nothing was loaded, or a tensor of the model was not in the file or had
+                another shape there.
+        """
+        if self.fit is None:
+            raise ConfigError(
+                f"there are no weights to evaluate: {self.save_dir} has no whole checkpoint, and "
+                "MODEL.WEIGHTS is empty"
+            )
+        self.fit.check_complete()
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        return read_checkpoint(filename)
+        checkpoint = read_checkpoint(filename)
+        url: Any = self._parsed_url_during_load  # set by Detectron2's load
+        query = parse_qs(url.query)
+        if query.pop("matching_heuristics", ["False"]) == ["True"]:
+            checkpoint["matching_heuristics"] = True
+        if query:
+            raise ConfigError(
+                f"{self.loaded_from}: unknown '{next(iter(query))}' after the '?'; known: "
+                "matching_heuristics=True"
+            )
+        return checkpoint
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        check_finite(checkpoint["model"], self.loaded_from)
+        checkpoint["model"] = remove_prefixes(checkpoint["model"], self.model.state_dict())
+        try:
+            with _for_log_file("detectron2.checkpoint.c2_model_loading"):
+                return super()._load_model(checkpoint)
+        except (ValueError, AssertionError, IndexError, RuntimeError) as error:
+            # Names that match twice, a "bbox_pred" without rows, ...
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"{self.loaded_from} does not fit the model: {reason}") from None
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        with _for_log_file("fvcore.common.checkpoint"):
+            super()._log_incompatible_keys(incompatible)
+        model = self.model.state_dict()
+        names = [name for name in model if not name.endswith("num_batches_tracked")]
+        shapes = tuple(incompatible.incorrect_shapes)
+        missing = set(_filter_reused_missing_keys(self.model, incompatible.missing_keys))
+        missing -= {name for name, _, _ in shapes}
+        self.fit = Fit(
+            path=self.loaded_from,
+            total=len(names),
+            missing=tuple(name for name in names if name in missing),
+            other_shape=shapes,
+            unused=tuple(sorted(incompatible.unexpected_keys)),
+            classes=class_counts(shapes, model),
+        )
+        self.fit.check_any()
+        if self.fit.missing or self.fit.other_shape or self.fit.unused:
+            level = logging.WARNING if self.fit.other_shape else logging.INFO
+            logger.log(level, "%-11s %s", "Loaded", self.fit)
 
 
 @contextlib.contextmanager
@@ -166,6 +233,22 @@ def _errors_of(path: Path) -> Iterator[None]:
         raise OSError(f"cannot write {path}: {first.strerror or first}") from None
 
 
+@contextlib.contextmanager
+def _for_log_file(name: str) -> Iterator[None]:
+    """Make the warnings of a logger lines for log.txt: the console shows their number instead."""
+
+    def lower(record: logging.LogRecord) -> bool:
+        record.levelno, record.levelname = logging.INFO, "INFO"
+        return True
+
+    log = logging.getLogger(name)
+    log.addFilter(lower)
+    try:
+        yield
+    finally:
+        log.removeFilter(lower)
+
+
 def _read_last(path: Path) -> tuple[str | None, str | None]:
     """The name in ``last_checkpoint``, or what is wrong with it. (None, None): there is no file."""
     try:
@@ -176,7 +259,8 @@ def _read_last(path: Path) -> tuple[str | None, str | None]:
         return None, f"cannot read {path}: {error}"
     if not name:
         return None, f"{path} is empty"
-    if name != os.path.basename(name) or name in (".", "..") or not name.isprintable():
+    is_name = name == os.path.basename(name) and name not in (".", "..") and name.isprintable()
+    if not is_name or len(name) > 255:
         return None, f"{path} does not name a file of its folder, but {name[:200]!r}"
     return name, None
 
@@ -186,7 +270,7 @@ def _problem(path: Path) -> str | None:
     if not path.exists():
         return f"there is no checkpoint {path}"
     try:
-        read_checkpoint(path)
+        check_finite(read_checkpoint(path)["model"], str(path))
     except ConfigError as error:
         return str(error)
     return None
