@@ -217,7 +217,7 @@ class ResumableLoader:
             self._next = _Place(0, ())
         elif state["world_size"] != self._world_size:
             logger.warning(
-                "%s processes, in the checkpoint there were %s: the order of the images goes on "
+                "%s process(es), in the checkpoint there were %s: the order of the images goes on "
                 "behind image %s of the training, but the batches are others",
                 *(self._world_size, state["world_size"], state["position"]),
             )

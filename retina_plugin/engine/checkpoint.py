@@ -62,11 +62,12 @@ class Checkpoints(HookBase):
         self._checkpointer = checkpointer
         self._period, self._eval_period = period, eval_period
         self._config = config
-        self._saved = ""  # the file of this iteration
+        self.saved = ""
+        """The file of this iteration, in the main process."""
         self._before_evaluation: dict[str, Any] = {}
 
     def before_step(self) -> None:
-        self._saved = ""
+        self.saved = ""
 
     def after_step(self) -> None:
         """Save before the evaluation, and keep what it may change."""
@@ -91,7 +92,7 @@ class Checkpoints(HookBase):
             self._save(self._name(), state)
         if self._is_last():
             self._save("model_final", state)
-            if comm.all_gather(self._saved)[0] != "model_final.pth":
+            if comm.all_gather(self.saved)[0] != "model_final.pth":
                 raise ConfigError(
                     f"model_final.pth could not be written to {self._checkpointer.save_dir}: "
                     "make room, then --resume goes on from the last checkpoint"
@@ -103,10 +104,10 @@ class Checkpoints(HookBase):
         Returns:
             The name of the file, in the main process; "" if it could not be written.
         """
-        if not comm.all_gather(self._saved)[0]:
+        if not comm.all_gather(self.saved)[0]:
             self._check_finite()
             self._save(self._name(), self._state(pending=False))
-        return self._saved
+        return self.saved
 
     def save_before_evaluation(self) -> str:
         """Save, in the main process alone, what was before the evaluation that is cut off.
@@ -114,9 +115,9 @@ class Checkpoints(HookBase):
         Returns:
             As :meth:`save_interrupted`.
         """
-        if not self._saved:
+        if not self.saved:
             self._save(self._name(), self._before_evaluation)
-        return self._saved
+        return self.saved
 
     def _name(self) -> str:
         return f"model_{self.trainer.iter:07d}"
@@ -158,7 +159,7 @@ class Checkpoints(HookBase):
         except OSError as error:
             logger.error("%s. Older checkpoints stay, and the training goes on", error)
         else:
-            self._saved = f"{name}.pth"
+            self.saved = f"{name}.pth"
 
 
 class BestCheckpoint(HookBase):

@@ -44,7 +44,7 @@ class Evaluation(hooks.EvalHook):
         period: iterations from one evaluation to the next; 0: only at the end.
         evaluate: returns a nested dict of metrics.
         requests: returns those of this training.
-        on_interrupt: called in the main process when a signal cuts an evaluation off.
+        on_interrupt: called when a signal cuts an evaluation off; the main process can save there.
     """
 
     def __init__(
@@ -62,14 +62,22 @@ class Evaluation(hooks.EvalHook):
             super().after_train()
 
     def _do_eval(self) -> None:
+        requests, main = self._requests(), comm.is_main_process()
+        if any(comm.all_gather(requests.received is not None)):
+            self._on_interrupt()
+            comm.synchronize()
+            raise Interrupted
         try:
             # The main process can save alone, and the others end with it.
-            main = comm.is_main_process()
-            with self._requests().raised_at_once() if main else contextlib.nullcontext():
+            with requests.raised_at_once() if main else contextlib.nullcontext():
                 super()._do_eval()
         except Interrupted:
             self._on_interrupt()
             raise
+        except RuntimeError:
+            if main or requests.received is None:
+                raise
+            raise Interrupted from None  # the main process got the signal too, and is gone
         except OSError as error:  # only the main process writes
             if error.errno not in _DISK_ERRORS:
                 raise

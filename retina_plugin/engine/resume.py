@@ -30,7 +30,7 @@ logger = logging.getLogger("retina_plugin")
 class ResumableTrainer(DefaultTrainer):
     """``DefaultTrainer`` that resumes exactly, obeys signals and keeps its folder to itself.
 
-    A subclass builds the parts, and registers a :class:`.checkpoint.Checkpoints` hook.
+    A subclass builds the parts, one of them the :class:`.checkpoint.Checkpoints`.
     """
 
     cfg: CfgNode
@@ -89,6 +89,7 @@ class ResumableTrainer(DefaultTrainer):
         del checkpoint  # it is read again, and is large
         self.checkpointer.load(path)
         self.start_iter = self.iter + 1
+        self._checkpoints.saved = os.path.basename(path)
         if self._saved_state:
             restore_process(
                 self._saved_state["processes"], self.checkpointer.model, self._checkpoints.loaders
@@ -155,7 +156,8 @@ class ResumableTrainer(DefaultTrainer):
                 hook.set_last_written(saved["writers"])
         if len(saved["processes"]) == comm.get_world_size():
             load_random_state(saved["processes"][comm.get_rank()]["random"])
-        if saved["pending"] and self.start_iter < self.max_iter:
+        in_use = self._checkpoints in self._hooks
+        if saved["pending"] and in_use and self.start_iter < self.max_iter:
             self._finish_iteration()
 
     def _finish_iteration(self) -> None:

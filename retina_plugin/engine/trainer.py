@@ -101,6 +101,14 @@ class Trainer(ResumableTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self._checkpoints = Checkpoints(
+            self.checkpointer,
+            cfg.SOLVER.CHECKPOINT_PERIOD,
+            cfg.TEST.EVAL_PERIOD,
+            config=cfg.dump(),
+            loaders=[data_loader],
+        )
+        self._checkpoints.trainer = weakref.proxy(self)  # a subclass's build_hooks may leave it out
         self.register_hooks(self.build_hooks())
 
     def run_step(self) -> None:
@@ -112,16 +120,8 @@ class Trainer(ResumableTrainer):
         """Detectron2's hooks or ours in their place, in Detectron2's order, and more of ours."""
         cfg = self.cfg
         precise_bn = self._build_precise_bn()
-        loaders = [self.data_loader]
         if precise_bn is not None:
-            loaders.append(precise_bn._data_loader)
-        self._checkpoints = Checkpoints(
-            self.checkpointer,
-            cfg.SOLVER.CHECKPOINT_PERIOD,
-            cfg.TEST.EVAL_PERIOD,
-            config=cfg.dump(),
-            loaders=loaders,
-        )
+            self._checkpoints.loaders.append(precise_bn._data_loader)
         trainer = weakref.proxy(self)
         built: list[HookBase | None] = [
             HeartbeatHook(),

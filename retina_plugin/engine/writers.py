@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -32,7 +33,11 @@ class Writers(hooks.PeriodicWriter):
         self._failed: set[str] = set()
 
     def before_train(self) -> None:
-        self._writers = self._build()
+        self._excepthook, threading.excepthook = threading.excepthook, self._on_thread_error
+        try:
+            self._writers = self._build()
+        except OSError as error:
+            logger.warning("cannot open the log files: %s. The training goes on", error)
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
@@ -45,6 +50,12 @@ class Writers(hooks.PeriodicWriter):
             # What hooks measured after the training, e.g. the last evaluation.
             self._try(writer, writer.write)
             self._try(writer, writer.close)
+        threading.excepthook = self._excepthook
+
+    def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread. Its next call tells of a full disk, so no traceback."""
+        if not isinstance(args.exc_value, OSError):
+            self._excepthook(args)
 
     def _try(self, writer: EventWriter, action: Callable[[], None]) -> None:
         name = type(writer).__name__

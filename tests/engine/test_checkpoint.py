@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from detectron2.engine import HookBase
 
 from retina_plugin.engine import Trainer
+from retina_plugin.engine.signals import Interrupted
 from retina_plugin.errors import ConfigError
 from retina_plugin.weights import Checkpointer
 
@@ -259,3 +261,20 @@ def test_finished_training_without_its_metrics_is_resumed(cfg, folder, aps, lost
         (folder / "metrics.json").write_text("")
     assert train(cfg, resume=True).iter == 4
     assert (folder / "model_final.pth").is_file()
+
+
+def test_signal_in_the_evaluation_of_a_finished_training(cfg, folder, monkeypatch, log):
+    """Its checkpoint is there already."""
+    cfg.TEST.EVAL_PERIOD = 0
+    stops = [False, True]
+
+    def test(cls, cfg, model):
+        if stops.pop(0):
+            signal.raise_signal(signal.SIGTERM)
+        return {"bbox": {"AP": 1.0}}
+
+    monkeypatch.setattr(Trainer, "test", classmethod(test))
+    train(cfg)
+    with pytest.raises(Interrupted):
+        train(cfg, resume=True)
+    assert f"after iteration 4, saved in {folder}/model_final.pth" in log.text

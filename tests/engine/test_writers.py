@@ -3,11 +3,13 @@
 import errno
 import json
 import logging
+import threading
 from pathlib import Path
 
 import pytest
-from detectron2.utils.events import EventStorage, EventWriter, JSONWriter
+from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from retina_plugin.engine import Trainer
 from retina_plugin.engine.console import _survive_errors
@@ -90,6 +92,40 @@ def test_tensorboard_hides_what_is_repeated(tiny_cfg):
     events = EventAccumulator(str(folder))
     events.Reload()
     assert [event.step for event in events.Scalars("total_loss")] == [0, 1, 2, 3]
+
+
+def test_tensorboard_on_a_full_disk_is_one_warning(tmp_path, log, capfd, monkeypatch):
+    """It writes in a thread, whose traceback is not printed."""
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    hook = Writers(lambda: [TensorboardXWriter(str(tmp_path))], period=1)
+    hook.trainer = type("Trainer", (), {"max_iter": 50})
+    before = threading.excepthook
+    hook.before_train()
+    with EventStorage() as storage:
+        for storage.iter in range(50):
+            hook.trainer.iter = storage.iter
+            storage.put_scalar("loss", 1.0)
+            hook.after_step()
+        hook.after_train()
+    assert len([r for r in log.records if r.levelno == logging.WARNING]) == 1
+    assert "TensorboardXWriter cannot write" in log.text
+    assert capfd.readouterr().err == "" and threading.excepthook is before
+
+
+def test_log_files_that_cannot_be_opened_are_one_warning(log):
+    def build():
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    hook = Writers(build)
+    hook.trainer = type("Trainer", (), {"iter": 19, "max_iter": 20})
+    hook.before_train()
+    hook.after_step()
+    hook.after_train()
+    assert [r.levelno for r in log.records] == [logging.WARNING]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
