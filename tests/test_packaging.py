@@ -193,7 +193,7 @@ def test_set_up_refuses_an_environment_of_another_python(set_up, tmp_path):
 
 
 def test_package_works_without_a_checkout(repo, tmp_path):
-    """The wheel has the configs and the kernel's source; ``retina`` runs in an empty folder."""
+    """The wheel has every file that is not Python; ``retina`` runs in an empty folder."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("retina_plugin", "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
@@ -213,7 +213,12 @@ def test_package_works_without_a_checkout(repo, tmp_path):
         archive.extractall(site)
     tops = {path.split("/")[0] for path in (str(p.relative_to(site)) for p in site.rglob("*"))}
     assert tops == {"retina_plugin", f"retina_plugin-{retina_plugin.__version__}.dist-info"}
-    for file in ("py.typed", "losses/backends/native.cpp", "configs/_base_/retinanet.yaml"):
+    for file in (
+        "py.typed",
+        "losses/backends/native.cpp",
+        "doctor/page.html",
+        "configs/_base_/retinanet.yaml",
+    ):
         assert (site / "retina_plugin" / file).is_file(), file
     entry_points = next(site.glob("*.dist-info")) / "entry_points.txt"
     assert "retina = retina_plugin.cli:main" in entry_points.read_text()

@@ -47,7 +47,8 @@ def examine(cfg: CfgNode, report: Report, *, quick: bool = False) -> None:
         processes = max(check_devices(cfg, None), 1)
     except ConfigError:
         processes = 1  # the check of the machine has said why
-    report.run("batch", lambda: check_batch_size(cfg, processes))
+    if not report.has_error("SOLVER."):
+        report.run("batch", lambda: check_batch_size(cfg, processes))
     if not quick:
         report.run("images", lambda: check_images(cfg, progress=_progress()))
     time_step = None if quick else partial(measure_step, cfg, processes)

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import Backbone, build_backbone
+from detectron2.modeling import build_backbone
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from torch import Tensor, nn
 
 from retina_plugin.errors import ConfigError
+
+from .model import build_without_memory
 
 __all__ = ["AnchorGrid"]
 
@@ -58,7 +60,7 @@ class AnchorGrid:
             ConfigError: ``IN_FEATURES`` names a feature that the backbone does not have, or the
                 anchor generator's anchors are not the same boxes at every location.
         """
-        backbone = _build_backbone(cfg)
+        backbone = build_without_memory(lambda: build_backbone(cfg))
         shapes = backbone.output_shape()
         names = tuple(cfg.MODEL.RETINANET.IN_FEATURES)
         for name in names:
@@ -151,14 +153,6 @@ class AnchorGrid:
                 iou = overlap / (area + sides.prod(axis=1) - overlap)
                 np.maximum(best_G[part], iou.max(axis=1), out=best_G[part])
         return best_G
-
-
-def _build_backbone(cfg: CfgNode) -> Backbone:
-    try:
-        with torch.device("meta"):
-            return build_backbone(cfg)
-    except (RuntimeError, NotImplementedError):  # its constructor reads a tensor's numbers
-        return build_backbone(cfg)
 
 
 def _best_overlap(

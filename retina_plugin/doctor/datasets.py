@@ -159,7 +159,10 @@ def _check_content(cfg: CfgNode, name: str, roles: list[str]) -> tuple[list[Find
             files = [r["file_name"] for r in records if isinstance(r, dict) and "file_name" in r]
             found += _check_image_files(cfg, name, files, test)
             if train:
-                flat = [a for r in records if isinstance(r, dict) for a in r.get("annotations", ())]
+                lists = [r.get("annotations") for r in records if isinstance(r, dict)]
+                flat = [
+                    a for annotations in lists if isinstance(annotations, list) for a in annotations
+                ]
                 found += _check_boxes_left(cfg, name, flat)
         if test and json_file is None and not classes and "COCO" in cfg.TEST.EVALUATOR:
             fix = f"MetadataCatalog.get('{name}').thing_classes = [...]"

@@ -142,7 +142,11 @@ def first_loss(cfg: CfgNode, sample: MatchedSample, processes: int = 1) -> First
         decide.
     """
     retinanet = cfg.MODEL.RETINANET
-    if retinanet.SAMPLER != "AllAnchors" or not sum(map(sum, sample.positives_NK)):
+    if (
+        retinanet.NUM_CLASSES < 1
+        or retinanet.SAMPLER != "AllAnchors"
+        or not sum(map(sum, sample.positives_NK))
+    ):
         return None
     loss = CLS_LOSS_REGISTRY.build(cfg)
     bias = prior_bias(retinanet.PRIOR_PROB)

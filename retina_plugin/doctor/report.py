@@ -33,6 +33,7 @@ from .learning import (
     step_findings,
 )
 from .matches import has_anchors
+from .model import check_model
 from .recall import AnchorFit, anchor_findings, anchor_fit
 from .schedule import schedule_findings
 from .suggest import AnchorSuggestion, suggest_anchors, suggestion_findings
@@ -109,6 +110,15 @@ class Report:
         """The number of findings that are this bad."""
         return sum(finding.severity is severity for _, finding in self.findings)
 
+    def has_error(self, *keys: str) -> bool:
+        """Whether an error is about a key that begins so, and not about weights or classes."""
+        return any(
+            finding.severity is Severity.ERROR
+            and finding.where.startswith(keys)
+            and finding.where not in ("MODEL.WEIGHTS", "MODEL.RETINANET.NUM_CLASSES")
+            for _, finding in self.findings
+        )
+
     def summary(self) -> str:
         """ "1 error, 2 warnings, 0 notes"."""
         counts = [(self.count(severity), severity.value) for severity in Severity]
@@ -173,7 +183,16 @@ def examine_training(
                 )
                 return
             records += loaded
+        if not cfg.DATASETS.TRAIN:
+            return  # said already
         state["gt"] = GroundTruth.from_records(records)
+        if not len(state["gt"].boxes_G4) and not report.count(Severity.ERROR):
+            yield Finding(
+                Severity.ERROR,
+                "DATASETS.TRAIN",
+                f"has no box that training would see in {len(records):,} images; "
+                f"{state['gt'].num_dropped:,} are crowds, without area, or outside of their image",
+            )
         filtered = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         state["images"] = sum(not filtered or _has_object(record) for record in records)
         state["names"] = _class_names(cfg)
@@ -210,13 +229,15 @@ def examine_training(
         yield from step_findings(cfg, report.step)
 
     report.run("training set", read)
-    if not _has_error(report, "SOLVER."):
+    if not report.has_error("SOLVER."):
         report.run("schedule", lambda: schedule_findings(cfg, state["images"]))
     if "names" in state:
         report.run("mirrored classes", lambda: flip_findings(cfg, state["names"]))
         report.run("classes", classes)
-    # A config that cannot be built has no anchors.
-    buildable = not _has_error(report, "MODEL.", "INPUT.MIN_SIZE", "INPUT.MAX_SIZE")
+    of_model = ("MODEL", "INPUT.MIN_SIZE", "INPUT.MAX_SIZE")
+    if not report.has_error(*of_model):
+        report.run("model", lambda: check_model(cfg))
+    buildable = not report.has_error(*of_model)  # otherwise it has no anchors
     if buildable and "names" in state and len(state["gt"].boxes_G4) and has_anchors(cfg):
         report.run("anchors", anchors)
         if report.anchors is not None:
@@ -225,16 +246,6 @@ def examine_training(
             report.run("first loss", loss)
     if time_step is not None and not report.count(Severity.ERROR):
         report.run("one step", step)
-
-
-def _has_error(report: Report, *keys: str) -> bool:
-    """Whether a key that begins so is impossible; missing weights and another K do not count."""
-    return any(
-        finding.severity is Severity.ERROR
-        and finding.where.startswith(keys)
-        and finding.where not in ("MODEL.WEIGHTS", "MODEL.RETINANET.NUM_CLASSES")
-        for _, finding in report.findings
-    )
 
 
 def _has_object(record: Any) -> bool:

@@ -40,6 +40,14 @@ def test_smallest_size_that_is_enough_is_named():
     assert finding.what.endswith("and 0 % at 240 px")
 
 
+def test_one_box_of_many_asks_for_no_larger_size():
+    """At 240 px 1 of 240 ants is missed, at 480 px none."""
+    records = cars_and_ants(20) * 10
+    records[0] = cars_and_ants(10)[0]
+    (finding,) = findings_of(records)
+    assert finding.what.endswith("and 0.4 % at 240 px")
+
+
 def test_class_of_wrong_shape_gets_no_size():
     rng = np.random.default_rng(0)
     found = findings_of(random_records(rng, (100, 140), (8, 10), num_classes=1))

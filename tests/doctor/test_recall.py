@@ -101,6 +101,12 @@ def test_boxes_that_no_anchor_reaches_are_named():
     assert first.iou == pytest.approx(0.25)
 
 
+def test_box_that_an_anchor_reaches_at_one_size_is_reached():
+    """At 160 px it is half as large as the anchor."""
+    fit = fit_of([record([(8.0, 8, 24, 24)])], "INPUT.MIN_SIZE_TRAIN", (160, 320))
+    assert fit.unreached == 0 and fit.total.lower == 0.5
+
+
 @pytest.mark.parametrize(
     ("thresholds", "labels", "limits"),
     [

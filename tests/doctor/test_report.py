@@ -4,6 +4,8 @@ import json
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import nn
 
 from retina_plugin.doctor import Finding, Report, Severity, StepCost, examine_training
 from retina_plugin.errors import ConfigError
@@ -96,6 +98,7 @@ def test_json_has_everything(dataset):
         "schedule",
         "mirrored classes",
         "classes",
+        "model",
         "anchors",
         "image size",
         "other anchors",
@@ -132,7 +135,21 @@ def test_dataset_function_that_fails_is_an_error_and_leaves_the_schedule(dataset
 def test_no_boxes_no_anchor_fit(dataset, records):
     report = Report("c.yaml")
     examine_training(config(*dataset(records)), report)
-    assert "anchors" not in report.seconds and report.count(E) == 0
+    assert "anchors" not in report.seconds and report.count(E) == 1
+    assert "no box that training would see" in report.findings[0][1].what
+
+
+def test_boxes_outside_of_their_images_are_none(dataset):
+    report = Report("c.yaml")
+    examine_training(config(*dataset([record([(500, 500, 520, 520)])])), report)
+    assert "in 1 images; 1 are crowds" in report.findings[0][1].what
+
+
+def test_no_training_set_is_not_examined():
+    report = Report("c.yaml")
+    report.run("datasets", lambda: [Finding(E, "DATASETS.TRAIN", "is empty")])
+    examine_training(config("DATASETS.TRAIN", ()), report)
+    assert report.count(E) == 1 and report.classes is None
 
 
 def test_dataset_that_is_no_list_is_not_examined(dataset):
@@ -165,6 +182,12 @@ def test_anchors_are_examined_without_weights_and_with_another_number_of_classes
 
 
 def test_other_detectors_have_no_anchor_fit(dataset):
+    @META_ARCH_REGISTRY.register()
+    class DetectorOfOnesOwn(nn.Module):
+        def __init__(self, cfg):
+            super().__init__()
+
     report = Report("c.yaml")
-    examine_training(config(*dataset(GOOD), "MODEL.META_ARCHITECTURE", "FCOS"), report)
+    cfg = config(*dataset(GOOD), "MODEL.META_ARCHITECTURE", "DetectorOfOnesOwn")
+    examine_training(cfg, report)
     assert report.anchors is None and report.count(E) == 0
