@@ -13,6 +13,8 @@ from detectron2.utils import comm
 
 from retina_plugin.errors import ConfigError
 
+from .signals import pass_signals_on
+
 __all__ = ["run", "under_torchrun"]
 
 
@@ -34,14 +36,15 @@ def run(main: Callable[..., None], args: argparse.Namespace, num_gpus: int, *res
         ConfigError: ``torchrun`` started more processes than there are GPUs.
     """
     if not under_torchrun():
-        launch(
-            main,
-            max(num_gpus, 1),
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args, *rest),
-        )
+        with pass_signals_on():
+            launch(
+                main,
+                max(num_gpus, 1),
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args, *rest),
+            )
         return
     num_processes = int(os.environ["LOCAL_WORLD_SIZE"])
     if num_gpus:
