@@ -17,16 +17,43 @@ from .config import check_config
 from .datasets import check_datasets, dataset_records
 from .findings import Finding, Severity, raise_errors
 from .images import check_images
-from .machine import check_compiler, check_precision, device_type
+from .learning import StepCost
+from .machine import check_batch_size, check_compiler, check_precision, device_type
+from .page import write_report
+from .report import Check, Report, examine_training
+from .weights import check_weights
 
 __all__ = [
     "Finding",
+    "Report",
     "Severity",
+    "StepCost",
+    "check_batch_size",
     "check_images",
+    "check_weights",
     "dataset_records",
+    "examine_training",
+    "named_quick_checks",
     "quick_checks",
     "raise_errors",
+    "write_report",
 ]
+
+
+def named_quick_checks(cfg: CfgNode, *, eval_only: bool = False) -> dict[str, Check]:
+    """The checks of :func:`quick_checks` by name, so that each can be run by itself."""
+
+    def machine() -> Iterator[Finding]:
+        yield from check_precision(cfg, eval_only)
+        if cfg.MODEL.COMPILE:
+            yield from check_compiler(device_type(cfg))
+
+    splits = ("TEST",) if eval_only else ("TRAIN", "TEST")
+    return {
+        "keys": lambda: check_config(cfg, eval_only),
+        "datasets": lambda: check_datasets(cfg, splits),
+        "machine": machine,
+    }
 
 
 def quick_checks(cfg: CfgNode, *, eval_only: bool = False) -> Iterator[Finding]:
@@ -37,8 +64,5 @@ def quick_checks(cfg: CfgNode, *, eval_only: bool = False) -> Iterator[Finding]:
     Args:
         eval_only: what matters for an evaluation of ``DATASETS.TEST`` only.
     """
-    yield from check_config(cfg, eval_only)
-    yield from check_datasets(cfg, ("TEST",) if eval_only else ("TRAIN", "TEST"))
-    yield from check_precision(cfg, eval_only)
-    if cfg.MODEL.COMPILE:
-        yield from check_compiler(device_type(cfg))
+    for check in named_quick_checks(cfg, eval_only=eval_only).values():
+        yield from check()

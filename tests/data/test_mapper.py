@@ -436,3 +436,105 @@ def test_detectron2s_mapper_with_ignore_iof_thresh_raises(tiny_cfg):
     with pytest.raises(ConfigError, match="IGNORE_IOF_THRESH .*INPUT.MAPPER FastMapper"):
         DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)
     assert isinstance(DATASET_MAPPER_REGISTRY.build(tiny_cfg, False), DatasetMapper)
+
+
+BAD_ANNOTATIONS = {
+    "no bbox": (lambda a: a.pop("bbox"), "has no bbox"),
+    "bbox null": (lambda a: a.update(bbox=None), "has no bbox"),
+    "no bbox_mode": (lambda a: a.pop("bbox_mode"), "has no bbox_mode"),
+    "relative": (lambda a: a.update(bbox_mode=BoxMode.XYWH_REL), "not XYWH_ABS or XYXY_ABS"),
+    "no category": (lambda a: a.pop("category_id"), "has no category_id"),
+    "category as text": (lambda a: a.update(category_id="3"), "has category_id '3'"),
+    "category -1": (lambda a: a.update(category_id=-1), "has category_id -1"),
+    "NaN": (lambda a: a.update(bbox=[1, 2, float("nan"), 4]), "is not finite"),
+    "infinite": (lambda a: a.update(bbox=[1, 2, float("inf"), 4]), "is not finite"),
+    "huge": (lambda a: a.update(bbox=[1, 2, 1e30, 4]), "lies far outside any image"),
+    "negative": (lambda a: a.update(bbox=[60, 50, -5, 4]), "with a negative width or height"),
+    "corners": (
+        lambda a: a.update(bbox=[60, 50, 5, 4], bbox_mode=BoxMode.XYXY_ABS),
+        "with a negative width or height",
+    ),
+    "3 numbers": (lambda a: a.update(bbox=[1, 2, 3]), "which is not 4 numbers"),
+    "5 numbers": (lambda a: a.update(bbox=[1, 2, 3, 4, 5]), "which is not 4 numbers"),
+    "strings": (lambda a: a.update(bbox=["1", "2", "3", "4"]), "which is not 4 numbers"),
+    "a number": (lambda a: a.update(bbox=7), "which is not 4 numbers"),
+}
+
+
+@pytest.mark.parametrize("name", ["FastMapper", "DatasetMapper"])
+@pytest.mark.parametrize("fault", BAD_ANNOTATIONS)
+def test_bad_annotation_raises(tiny_cfg, record, fault, name):
+    """One line with the file and the annotation, for records that no check has seen."""
+    tiny_cfg.INPUT.MAPPER = name
+    edit, text = BAD_ANNOTATIONS[fault]
+    edit(record["annotations"][2])
+    with pytest.raises(ConfigError) as error:
+        DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)(record)
+    line = str(error.value)
+    assert (
+        line.startswith(f"{record['file_name']}: annotation number 3 {text}"[:90]) or text in line
+    )
+    assert "annotation number 3 " in line and text in line and "\n" not in line
+    record["annotations"][2]["id"] = 77
+    with pytest.raises(ConfigError, match=r"annotation id 77 "):
+        DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)(record)
+    assert "instances" not in DATASET_MAPPER_REGISTRY.build(tiny_cfg, False)(record)
+
+
+def test_bad_annotation_in_a_worker_is_named(tiny_cfg, record):
+    """The line is the last one of the worker's traceback."""
+    record["annotations"][0]["bbox"] = None
+    mapper = DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)
+    loader = DataLoader([record], num_workers=1, collate_fn=lambda r: mapper(r[0]))
+    with pytest.raises(ConfigError) as error:
+        list(loader)
+    last = str(error.value).strip().splitlines()[-1]
+    assert f"{record['file_name']}: annotation number 1 has no bbox" in last
+
+
+def test_bad_crowd_that_is_dropped_does_not_matter(tiny_cfg, record):
+    """Nothing reads its box."""
+    record["annotations"][0].update(bbox=[1], iscrowd=1)
+    tiny_cfg.INPUT.MAPPER = "FastMapper"
+    assert len(DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)(record)["instances"]) == 4
+    tiny_cfg.MODEL.RETINANET.IGNORE_IOF_THRESH = 0.5
+    with pytest.raises(ConfigError, match="annotation number 1 has bbox"):
+        DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)(record)
+
+
+@pytest.mark.parametrize("name", ["FastMapper", "DatasetMapper"])
+@pytest.mark.parametrize("fault", ["missing", "truncated", "size"])
+def test_bad_images_can_be_skipped(tiny_cfg, record, log, tmp_path, name, fault):
+    """In a training: one warning a file. In an evaluation they stay an error."""
+    if fault == "missing":
+        record["file_name"] = str(tmp_path / "no.jpg")
+    elif fault == "truncated":
+        path = tmp_path / "image"
+        path.write_bytes(path.read_bytes()[:-900])
+    else:
+        record["width"] += 1
+    tiny_cfg.INPUT.MAPPER = name
+    with pytest.raises(BadImageError):
+        DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)(record)
+    tiny_cfg.DATALOADER.ON_BAD_IMAGE = "skip"
+    mapper = DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)
+    assert mapper(record) is None and mapper(record) is None
+    (line,) = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
+    assert line.startswith("Skipped, the 1. of this process: ") and record["file_name"] in line
+    with pytest.raises(BadImageError):
+        DATASET_MAPPER_REGISTRY.build(tiny_cfg, False)(record)
+
+
+def test_bad_annotations_are_never_skipped(tiny_cfg, record):
+    """Only images are."""
+    tiny_cfg.DATALOADER.ON_BAD_IMAGE = "skip"
+    record["annotations"][0]["bbox"] = None
+    with pytest.raises(ConfigError):
+        DATASET_MAPPER_REGISTRY.build(tiny_cfg, True)(record)
+
+
+def test_mappers_are_built_from_a_config_directly(tiny_cfg, record):
+    """``DatasetMapper(cfg, is_train=True)`` is Detectron2's own call."""
+    tiny_cfg.DATALOADER.ON_BAD_IMAGE = "skip"
+    record["width"] += 1
+    assert DatasetMapper(tiny_cfg, is_train=True)(record) is None
