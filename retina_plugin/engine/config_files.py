@@ -199,8 +199,8 @@ class _Loader(yaml.SafeLoader):
                 name = key.tag, key.value
                 if name in lines:
                     raise ConfigError(
-                        f"{self.path}: the key {key.value!r:.100} is there twice, in {lines[name]} and "
-                        f"{_line(key)}: delete one"
+                        f"{self.path}: the key {key.value!r:.100} is there twice, in "
+                        f"{lines[name]} and {_line(key)}: delete one"
                     )
                 lines[name] = _line(key)
         return super().construct_mapping(node, deep)

@@ -200,18 +200,14 @@ class Checkpointer(DetectionCheckpointer):
         with _for_log_file("fvcore.common.checkpoint"):
             super()._log_incompatible_keys(incompatible)
         model = self.model.state_dict()
+        names = [name for name in model if not name.endswith("num_batches_tracked")]
         shapes = tuple(incompatible.incorrect_shapes)
-        reported = {name for name, _, _ in shapes}
         missing = set(_filter_reused_missing_keys(self.model, incompatible.missing_keys))
+        missing -= {name for name, _, _ in shapes}
         self.fit = Fit(
             path=self.loaded_from,
-            total=len(model),
-            # In the order of the model. The counter of batch norm is used by no forward pass.
-            missing=tuple(
-                name
-                for name in model
-                if name in missing - reported and not name.endswith("num_batches_tracked")
-            ),
+            total=len(names),
+            missing=tuple(name for name in names if name in missing),
             other_shape=shapes,
             unused=tuple(sorted(incompatible.unexpected_keys)),
             classes=class_counts(shapes, model),
@@ -263,7 +259,8 @@ def _read_last(path: Path) -> tuple[str | None, str | None]:
         return None, f"cannot read {path}: {error}"
     if not name:
         return None, f"{path} is empty"
-    if name != os.path.basename(name) or name in (".", "..") or not name.isprintable():
+    is_name = name == os.path.basename(name) and name not in (".", "..") and name.isprintable()
+    if not is_name or len(name) > 255:
         return None, f"{path} does not name a file of its folder, but {name[:200]!r}"
     return name, None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,35 +16,39 @@ __all__ = ["Fit", "Shapes", "check_finite", "class_counts", "remove_prefixes"]
 # (name, shape in the file, shape in the model)
 Shapes = tuple[str, tuple[int, ...], tuple[int, ...]]
 
-# What programs put before the names of a state dict: DistributedDataParallel, Lightning.
-_PREFIXES = ("module.", "model.")
-_COMPILED = "_orig_mod."  # torch.compile puts it before a module's own names
+# What programs put before the names of a state dict: DistributedDataParallel, Lightning; and
+# torch.compile before the names of each module that it compiled.
+_PREFIXES = ("module.", "model.", "_orig_mod.")
 
 
-def remove_prefixes(state: dict[str, torch.Tensor], names: Iterable[str]) -> dict:
+def remove_prefixes(state: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """``state`` without the prefixes that keep its names from being those of the model.
+
+    Up to three are removed. They stay if the names fit as well with them.
 
     Args:
         state: name -> tensor, of a file.
         names: those of the model.
     """
     known = set(names)
-    state = _renamed(state, known, _COMPILED)
-    for _ in range(2):  # "module.model."
-        for prefix in _PREFIXES:
-            state = _renamed(state, known, prefix)
-    return state
+    return max(
+        (
+            _renamed(state, prefixes)
+            for number in range(4)
+            for prefixes in itertools.product(_PREFIXES, repeat=number)
+        ),
+        key=lambda renamed: len(known & renamed.keys()),  # the first of equals
+    )
 
 
-def _renamed(state: dict[str, Any], known: set[str], prefix: str) -> dict[str, Any]:
-    """``state`` without a prefix, if more of its names are known then."""
-    renamed = {
-        name.replace(prefix, "") if prefix == _COMPILED else name.removeprefix(prefix): value
-        for name, value in state.items()
-    }
-    if len(renamed) < len(state) or len(known & renamed.keys()) <= len(known & state.keys()):
-        return state
-    return renamed
+def _renamed(state: dict[str, Any], prefixes: tuple[str, ...]) -> dict[str, Any]:
+    renamed = state
+    for prefix in prefixes:
+        renamed = {
+            name.replace(prefix, "") if prefix == "_orig_mod." else name.removeprefix(prefix): value
+            for name, value in renamed.items()
+        }
+    return renamed if len(renamed) == len(state) else {}  # two names became one
 
 
 def check_finite(state: Mapping[str, torch.Tensor], path: str) -> None:
@@ -62,7 +67,8 @@ class Fit:
 
     Args:
         path: the file.
-        total: tensors of the model.
+        total: tensors of the model, without the counters of batch norm, which no forward pass
+            uses.
         missing: names of the model that the file does not have.
         other_shape: (name, shape in the file, shape in the model).
         unused: names in the file that the model does not have.

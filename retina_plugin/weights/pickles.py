@@ -129,6 +129,7 @@ STAND_INS: dict[tuple[str, str], Callable] = {
     ("collections", "OrderedDict"): make_dict,
     ("_codecs", "encode"): _encode,
     ("builtins", "bytearray"): _bytes,
+    ("builtins", "bytes"): _bytes,  # without bytes, in an old protocol
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
 }

@@ -34,11 +34,11 @@ _NAMES = {
     "torch._utils._rebuild_tensor",
     "torch._utils._rebuild_tensor_v3",
 }
-# torch calls NumPy's functions with whatever arguments a file has for them. These check them.
-_NUMPY_STAND_INS: list = [
+# torch calls functions with whatever arguments a file has for them. These check them.
+_STAND_INS: list = [
     (function, f"{module}.{name}")
     for (module, name), function in STAND_INS.items()
-    if module.startswith("numpy")
+    if module.startswith("numpy") or module == "builtins"
 ]
 
 _lock = threading.Lock()  # torch's list of safe names and Python's warning filters are global
@@ -126,7 +126,7 @@ def load_storage(data: bytes) -> torch.Tensor:
 def _load(file: BinaryIO) -> Any:
     with _lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with torch.serialization.safe_globals(_NUMPY_STAND_INS):
+        with torch.serialization.safe_globals(_STAND_INS):
             # The keyword is explicit: an environment variable can turn the default off.
             return replace_stand_ins(torch.load(file, map_location="cpu", weights_only=True))
 
@@ -134,8 +134,7 @@ def _load(file: BinaryIO) -> Any:
 def _check_pickle(file: BinaryIO) -> None:
     """Read a pickle without making its tensors: stop at what :func:`_is_safe` does not know.
 
-    torch's own list of names has more, e.g. quantised and sparse tensors, and ``bytearray``, with
-    which a file of a few bytes can ask for all memory.
+    torch's own list of names has more, e.g. quantised and sparse tensors.
     """
     replace_stand_ins(_Checker(file, _inert_function).load())
 
@@ -156,7 +155,7 @@ def _is_safe(module: str, name: str) -> bool:
         return not name.startswith("Q")
     if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
         return True
-    return full in _NAMES or ((module, name) in STAND_INS and full != "builtins.bytearray")
+    return full in _NAMES or (module, name) in STAND_INS
 
 
 class _Checker(Unpickler):
