@@ -30,18 +30,18 @@ INTRODUCTION = """\
 What happens when something goes wrong, which test shows it, and what does Detectron2 do then?
 
 This page is generated from the tests by `make docs`. Rows with the test "planted" are cases of
-`tests/faults/test_faults.py`: the fault is put into a small dataset, config or weights file, and the
-command is run. "One line" is `error: ...` with the file or key and what to do, exit status 1, and no
-traceback. "The same numbers" are losses, AP and detections equal to the bit to those of the run
-without the fault.
+`tests/faults/test_faults.py`: the fault is put into a small dataset, config or weights file, and
+the command is run. "One line" is `error: ...` with the file or key and what to do, exit status 1,
+and no traceback. "The same numbers" are losses, AP and detections equal to the bit to those of the
+run without the fault.
 """
 
 DETECTRON2 = """\
-Detectron2's outcomes of the planted faults were recorded on {date} by `python -m
-tests.faults.detectron2_outcomes`, which gives the same files and the same YAML to its `RetinaNet`,
-`DefaultTrainer` and `COCOEvaluator` (torch {torch}, fvcore {fvcore}, pycocotools {pycocotools}).
-Those of the other rows come from trials with the same trainer and the same YAML. "Ends well" is exit
-status 0.
+Detectron2's outcomes of the planted faults were recorded on {date} by
+`python -m tests.faults.detectron2_outcomes`, which gives the same files and the same YAML to its
+`RetinaNet`, `DefaultTrainer` and `COCOEvaluator` (torch {torch}, fvcore {fvcore}, pycocotools
+{pycocotools}). Those of the other rows come from trials with the same trainer and the same YAML.
+"Ends well" is exit status 0.
 """
 
 
@@ -54,6 +54,8 @@ def page() -> str:
         lines = ["fault | what happens | test | Detectron2", "--- | --- | --- | ---"]
         table = "\n".join(f"| {line} |" for line in [*lines, *map(" | ".join, rows)])
         text = f"{section['text']}\n\n" if "text" in section else ""
+        for other, link in section.get("links", {}).items():
+            text += f"{link}\n\n" if (ROOT / "docs" / other).is_file() else ""
         parts.append(f"## {section['name']}\n\n{text}{table}\n")
     return "\n".join(parts)
 
@@ -130,9 +132,8 @@ def count_cases(test: str) -> int:
 def _length(values: ast.expr) -> int:
     if isinstance(values, (ast.List, ast.Tuple)):
         return len(values.elts)
-    if isinstance(values, ast.Call) and isinstance(values.func, ast.Name):
-        if values.func.id == "range":
-            return len(range(*(ast.literal_eval(argument) for argument in values.args)))
+    if isinstance(values, ast.Call) and getattr(values.func, "id", "") == "range":
+        return len(range(*(ast.literal_eval(argument) for argument in values.args)))
     return 1
 
 

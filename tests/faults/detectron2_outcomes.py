@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -78,13 +79,18 @@ def run(world: World, file: str) -> None:
     torch.set_num_threads(1)
     with open(file, "w") as written, contextlib.redirect_stdout(io.StringIO()):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        warned: list[str] = []
+        for name in ("detectron2", "fvcore"):
+            handler = logging.Handler(logging.WARNING)
+            handler.emit = lambda record: warned.append(record.getMessage())
+            logging.getLogger(name).addHandler(handler)
         try:
             world.write()
             for split in ("train", "val"):
                 register_coco_instances(
                     f"fault_{split}", {}, str(world.json_file(split)), str(world.root / split)
                 )
-            json.dump({"results": train_or_evaluate(world)}, written)
+            json.dump({"results": train_or_evaluate(world), "warned": warned}, written)
         except BaseException as error:
             last = traceback.format_exception_only(error)[-1].strip().splitlines()
             json.dump({"raised": last[-1] if last else type(error).__name__}, written)
@@ -103,9 +109,9 @@ def outcome(plant, eval_only: bool = False) -> dict[str, object]:
             return {"raised": f"no end after {SECONDS} s"}
         found = json.loads(Path(file).read_text() or '{"raised": "the process died"}')
         found["ran_code"] = world.marker.exists()
-        if "raised" in found:
-            text = found["raised"].replace(str(world.root), "FOLDER")
-            found["raised"] = re.sub(r"\s+", " ", text)[:160]
+        for key in ("raised", "warned"):
+            text = str((found.get("warned") or [""])[0] if key == "warned" else found.get(key, ""))
+            found[key] = re.sub(r"\s+", " ", text.replace(str(world.root), "FOLDER"))[:160].strip()
         return found
 
 
@@ -127,10 +133,12 @@ def main() -> None:
         if only not in fault.what:
             continue
         found = outcome(fault.plant)
-        text = f"raises `{found['raised']}`" if "raised" in found else "ends well"
+        text = f"raises `{found['raised']}`" if found["raised"] else "ends well"
         if "results" in found:
             same = found["results"] == whole[fault.section.endswith("--eval-only")]
-            text += ", the same numbers" if same else ", other numbers, not a word"
+            text += ", the same numbers" if same else ", other numbers"
+            if not same:
+                text += f", warns `{found['warned']}`" if found["warned"] else ", not a word"
         if found.get("ran_code"):
             text = f"**runs the code**, then {text}"
         faults[f"{fault.section}: {fault.what}"] = text
