@@ -115,7 +115,7 @@ def test_every_choice_works(tiny_cfg, key, name):
         use(tiny_cfg)
     except ConfigError as error:
         assert name in NEED_HARDWARE
-        assert re.match(rf"{key} {name} (is not available|needs a GPU)", str(error))
+        assert re.match(rf"{key}: {name} (is not available|needs a GPU)", str(error))
 
 
 @pytest.mark.parametrize("key", REGISTRIES)

@@ -40,6 +40,7 @@ _IGNORE = Kind(
 )
 _AREA = Kind(_ERROR, "annotations whose area is no number from 0 on", "correct or remove it")
 _NO_AREA = Kind(_NOTE, "annotations without an area; that of the box is used")
+_ZERO_AREA = Kind(_WARNING, "annotations whose area is 0: COCO's APs counts them as small")
 _SEGMENTATION = Kind(
     _ERROR,
     "annotations whose segmentation is neither polygons nor a mask of counts and size",
@@ -234,8 +235,10 @@ def _optional_faults(annotation: dict[str, Any], test: bool) -> Iterator[tuple[K
         yield _CROWD, f"{annotation['iscrowd']!r}, "
     if annotation.get("ignore"):
         yield _IGNORE, ""
-    if test:
-        area = annotation.get("area", 0)
+    area = annotation.get("area")
+    if area == 0:
+        yield _ZERO_AREA, ""
+    elif test:
         if "area" not in annotation:
             yield _NO_AREA, ""
         elif not isinstance(area, (int, float)) or not 0 <= area < np.inf:

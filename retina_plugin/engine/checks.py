@@ -11,7 +11,7 @@ import os
 import torch
 from detectron2.config import CfgNode
 
-from retina_plugin.doctor import config, datasets, machine, raise_errors, weights
+from retina_plugin.doctor import Severity, config, datasets, machine, raise_errors, weights
 from retina_plugin.errors import ConfigError
 
 __all__ = [
@@ -60,7 +60,7 @@ def check_config(cfg: CfgNode, eval_only: bool = False) -> None:
     :func:`retina_plugin.doctor.quick_checks`; keys without an effect give a warning.
     """
     raise_errors(config.check_config(cfg, eval_only))
-    raise_errors(datasets.check_datasets(cfg, ("TEST",) if eval_only else ("TRAIN", "TEST")))
+    check_datasets(cfg, ("TEST",) if eval_only else ("TRAIN", "TEST"))
 
 
 def check_datasets(cfg: CfgNode, splits: tuple[str, ...] = ("TRAIN", "TEST")) -> None:
@@ -68,7 +68,9 @@ def check_datasets(cfg: CfgNode, splits: tuple[str, ...] = ("TRAIN", "TEST")) ->
 
     Writes the embedded dataset if it is named and not there yet.
     """
-    raise_errors(datasets.check_datasets(cfg, splits))
+    found = datasets.check_datasets(cfg, splits)
+    # Notes are for `retina doctor`.
+    raise_errors(finding for finding in found if finding.severity is not Severity.NOTE)
 
 
 def check_num_classes(cfg: CfgNode, splits: tuple[str, ...] = ("TRAIN", "TEST")) -> None:

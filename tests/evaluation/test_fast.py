@@ -274,14 +274,43 @@ def test_broken_extra_counts_as_not_installed(tmp_path, monkeypatch):
     assert optional_import("json") is json
 
 
-@pytest.mark.parametrize("missing", ["bbox", "area", "iscrowd"])
-def test_incomplete_annotation_raises(dataset, missing):
-    """The same KeyError as pycocotools'; hotcoco would assume a value."""
+def test_annotation_without_bbox_raises(dataset):
+    """The same KeyError as pycocotools'; hotcoco would assume a value. The doctor names it."""
     contents, detections = scenes(2)
-    del contents["annotations"][3][missing]
+    del contents["annotations"][3]["bbox"]
     dataset(contents)
-    with pytest.raises(KeyError, match=missing):
+    with pytest.raises(KeyError, match="bbox"):
         evaluator_of(FastCOCOEvaluator, detections).evaluate()
+
+
+@pytest.mark.parametrize("missing", [("area",), ("iscrowd",), ("area", "iscrowd")])
+@pytest.mark.parametrize("with_hotcoco", [True, False])
+def test_missing_area_and_crowd_are_filled_in(dataset, monkeypatch, missing, with_hotcoco):
+    """As if the file had the box's area and iscrowd 0; pycocotools would fail."""
+    if not with_hotcoco:
+        monkeypatch.setattr(coco, "hotcoco", None)
+    contents, detections = scenes(2)
+    for annotation in contents["annotations"]:
+        annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        annotation["iscrowd"] = 0
+    dataset(contents)
+    expected = evaluator_of(FastCOCOEvaluator, detections).evaluate()
+    for annotation in contents["annotations"][::2]:
+        for key in missing:
+            del annotation[key]
+    dataset(contents)
+    for cls in (FastCOCOEvaluator, COCOEvaluator):
+        assert_equal(evaluator_of(cls, detections).evaluate(), expected)
+
+
+def test_byte_order_mark_does_not_matter(dataset):
+    """Some programs write one in front of the file."""
+    contents, detections = scenes(2)
+    path = dataset(contents)
+    expected = evaluator_of(FastCOCOEvaluator, detections).evaluate()
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    for cls in (FastCOCOEvaluator, COCOEvaluator):
+        assert_equal(evaluator_of(cls, detections).evaluate(), expected)
 
 
 def test_incomplete_annotation_of_another_image_does_not_raise(dataset):
