@@ -43,8 +43,9 @@ demo: setup ## train and evaluate on the embedded digits
 coverage: setup ## which lines of the package the tests run
 	$(RUN) -m pytest --cov=retina_plugin --cov-report=term-missing:skip-covered
 
-docs: setup ## write docs/configuration.md from retina_plugin/config.py
+docs: setup ## write docs/configuration.md and docs/reliability.md from the code and the tests
 	$(RUN) docs/make_configuration.py
+	$(RUN) docs/make_reliability.py
 
 lock: setup ## renew requirements/lock.txt with the newest versions
 	$(RUN) -m uv pip compile --universal --python-version 3.11 --fork-strategy fewest --upgrade \

@@ -33,9 +33,9 @@ torch.set_num_threads(1)
 # in .hypothesis and tried first in the next run.
 _ANY = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
 hypothesis.settings.register_profile(
-    "quick", max_examples=10, derandomize=True, database=None, **_ANY
+    "quick", max_examples=3, derandomize=True, database=None, **_ANY
 )
-hypothesis.settings.register_profile("long", max_examples=1000, print_blob=True, **_ANY)
+hypothesis.settings.register_profile("long", max_examples=100, print_blob=True, **_ANY)
 hypothesis.settings.load_profile("quick")
 
 _LOGGERS = ("detectron2", "fvcore", "retina_plugin")

@@ -146,7 +146,7 @@ def _is_side(value: Any) -> bool:
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
-        and value > 0
+        and 0 < value < 2**31  # an integer of JSON may be too large for a float
         and value == value // 1
     )
 
