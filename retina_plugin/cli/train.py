@@ -14,7 +14,6 @@ import shlex
 import sys
 from typing import NoReturn
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -33,6 +32,7 @@ from retina_plugin.engine.console import console, start_log
 from retina_plugin.engine.launch import run
 from retina_plugin.engine.report import draw_detections, log_results
 from retina_plugin.errors import ConfigError
+from retina_plugin.weights import Checkpointer
 
 logger = logging.getLogger("retina_plugin")
 
@@ -75,10 +75,9 @@ def fail(error: ConfigError, local_rank: int) -> NoReturn:
 def load_model(cfg: CfgNode, resume: bool) -> nn.Module:
     """The model with ``MODEL.WEIGHTS``, or with the last checkpoint of ``OUTPUT_DIR``."""
     model = Trainer.build_model(cfg)
-    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    path = checkpointer.get_checkpoint_file() if resume else ""
-    logger.info("%-11s %s", "Weights", path or cfg.MODEL.WEIGHTS)
+    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    logger.info("%-11s %s", "Weights", checkpointer.loaded_from)
     return model
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import io
 import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import TextIO
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+
+from . import output
 
 __all__ = ["LOGGERS", "console", "start_log"]
 
@@ -26,6 +30,8 @@ _NOISE = (
     "`torch.jit.script` is ",
     "`broadcast_buffers` is deprecated",
 )
+
+_unwritable: set[str] = set()  # log files of which a warning has said so
 
 
 @contextlib.contextmanager
@@ -70,18 +76,55 @@ def start_log(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Detectron2's ``default_setup``, whose lines go to ``log.txt`` only.
 
     It logs the environment, the command line and the config, writes ``config.yaml`` and seeds the
-    random numbers. Here ``log.txt`` gets this package's lines too.
+    random numbers. Here ``log.txt`` gets this package's lines too, and a training first makes sure
+    that no other one uses ``OUTPUT_DIR``. A log that cannot be written does not stop the process.
+
+    Raises:
+        ConfigError: ``OUTPUT_DIR`` cannot be written to, or another training uses it.
     """
     _import_cpp_extension()
+    folder = cfg.OUTPUT_DIR
+    if args.eval_only:
+        output.run_on_main_process(lambda: output.make(folder))
+    else:
+        output.run_on_main_process(lambda: output.claim(folder, begins=not args.resume))
     # Detectron2's console handlers write to what sys.stdout is when they are made.
     with contextlib.redirect_stdout(io.StringIO()) as unseen:
-        default_setup(cfg, args)
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="retina_plugin")
+        try:
+            default_setup(cfg, args)
+            setup_logger(folder, distributed_rank=comm.get_rank(), name="retina_plugin")
+        except OSError as error:
+            raise output.unusable(folder, error) from None
     for name in LOGGERS:
         logger = logging.getLogger(name)
         for handler in list(logger.handlers):
             if isinstance(handler, logging.StreamHandler) and handler.stream is unseen:
                 logger.removeHandler(handler)
+            elif isinstance(handler, logging.StreamHandler) and handler.stream is not sys.stdout:
+                _survive_errors(handler)
+
+
+def _survive_errors(handler: logging.StreamHandler) -> None:
+    """One warning instead of a traceback for each line that cannot be written to ``log.txt``."""
+    handle_error = handler.handleError
+
+    def warn_once(record: logging.LogRecord) -> None:
+        error, path = sys.exc_info()[1], getattr(handler.stream, "name", "the log")
+        if not isinstance(error, OSError):
+            handle_error(record)
+        elif path not in _unwritable:
+            _unwritable.add(path)
+            text = "cannot write %s: %s. The training goes on"
+            logging.getLogger("retina_plugin").warning(text, path, error.strerror or error)
+
+    handler.handleError = warn_once  # type: ignore[method-assign]
+    # Before Detectron2 closes the file at exit, which writes what is left of it.
+    atexit.register(_close, handler.stream)
+
+
+def _close(stream: TextIO) -> None:
+    with contextlib.suppress(OSError):
+        stream.close()
 
 
 def _import_cpp_extension() -> None:

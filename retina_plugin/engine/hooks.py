@@ -1,15 +1,15 @@
-"""Hooks of the trainer beside Detectron2's: the best checkpoint, progress, results."""
+"""Hooks of the trainer: evaluation, progress, results."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import json
+import errno
 import logging
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,44 +24,60 @@ from retina_plugin.modeling import FocalRetinaNet
 
 from . import report
 from .console import LOGGERS
+from .signals import Interrupted, StopRequests
 
-__all__ = ["BestCheckpoint", "Progress", "Results"]
+__all__ = ["Evaluation", "Progress", "Results"]
 
 logger = logging.getLogger("retina_plugin")
 
 _MAX_LINES = 20  # of progress, where there is no bar
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
-class BestCheckpoint(hooks.BestCheckpointer):
-    """Detectron2's hook that keeps ``model_best.pth``, made to survive ``--resume``.
+class Evaluation(hooks.EvalHook):
+    """Detectron2's hook, which a signal cuts short and which a full disk does not stop.
 
-    The best value so far is kept beside the checkpoint, in ``model_best.json``. Arguments are
-    Detectron2's.
+    It evaluates at the end of a training only if the training got there: Detectron2's also does if
+    the last iteration failed.
+
+    Args:
+        period: iterations from one evaluation to the next; 0: only at the end.
+        evaluate: returns a nested dict of metrics.
+        requests: returns those of this training.
+        on_interrupt: called in the main process when a signal cuts an evaluation off.
     """
 
-    def before_train(self) -> None:
-        if self.trainer.start_iter > 0 and self._record.is_file():
-            best = json.loads(self._record.read_text())
-            if self._val_metric in best:  # otherwise DATASETS.TEST was another one
-                self.best_metric, self.best_iter = best[self._val_metric], best["iteration"]
+    def __init__(
+        self,
+        period: int,
+        evaluate: Callable[[], Mapping[str, Any]],
+        requests: Callable[[], StopRequests],
+        on_interrupt: Callable[[], None],
+    ) -> None:
+        super().__init__(period, evaluate)
+        self._requests, self._on_interrupt = requests, on_interrupt
 
     def after_train(self) -> None:
-        # Saving marks a file as the one to resume from. That must stay the last regular checkpoint:
-        # one that is saved here counts an iteration more than was trained.
-        last = self._checkpointer.get_checkpoint_file()
-        super().after_train()
-        if last:
-            self._checkpointer.tag_last_checkpoint(Path(last).name)
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
 
-    def _update_best(self, val: float, iteration: int) -> bool:
-        updated = super()._update_best(val, iteration)
-        if updated:
-            self._record.write_text(json.dumps({self._val_metric: val, "iteration": iteration}))
-        return updated
-
-    @property
-    def _record(self) -> Path:
-        return Path(self._checkpointer.save_dir) / f"{self._file_prefix}.json"
+    def _do_eval(self) -> None:
+        try:
+            # The main process can save alone, and the others end with it.
+            main = comm.is_main_process()
+            with self._requests().raised_at_once() if main else contextlib.nullcontext():
+                super()._do_eval()
+        except Interrupted:
+            self._on_interrupt()
+            raise
+        except OSError as error:  # only the main process writes
+            if error.errno not in _DISK_ERRORS:
+                raise
+            logger.error(
+                "The evaluation after iteration %d failed (%s); the training goes on",
+                *(self.trainer.iter + 1, error),
+            )
+            comm.synchronize()
 
 
 class Progress(HookBase):
@@ -125,7 +141,7 @@ class Progress(HookBase):
         if "total_loss" in latest:
             postfix["loss"] = f"{latest['total_loss'][0]:.3f}"
         bar.set_postfix(postfix, refresh=False)
-        bar.update()
+        bar.update(self.trainer.iter + 1 - bar.n)
 
     def _log_line(self, done: int, end: int) -> None:
         histories = self.trainer.storage.histories()
@@ -232,8 +248,10 @@ class Results(HookBase):
         if self.trainer.iter < self.trainer.max_iter:
             return  # an exception ended the training
         out = Path(self._cfg.OUTPUT_DIR)
-        report.draw_training_curves(out / "metrics.json", out / "training_curves.png")
-        report.draw_detections(self._cfg, self.trainer.model, out / "detections.png")
+        try:
+            self._draw(out)
+        except OSError as error:
+            logger.warning("cannot draw the results: %s", error)
         report.log_results(self._cfg, self.trainer.last_evaluation)
         for title, name in (
             ("Weights", "model_final.pth"),
@@ -243,3 +261,9 @@ class Results(HookBase):
         ):
             if (out / name).is_file():
                 logger.info("%-11s %s", title, out / name)
+
+    def _draw(self, out: Path) -> None:
+        metrics = out / "metrics.json"
+        if metrics.is_file() and report.read_metrics(metrics):
+            report.draw_training_curves(metrics, out / "training_curves.png")
+        report.draw_detections(self._cfg, self.trainer.model, out / "detections.png")

@@ -25,6 +25,7 @@ from retina_plugin.errors import ConfigError
 
 from .failures import KILLED, one_line, record_error
 from .heartbeat import Heartbeat
+from .signals import pass_signals_on
 
 __all__ = ["run", "under_torchrun"]
 
@@ -66,15 +67,16 @@ def run(
     longest_wait = timedelta(seconds=_LONGEST_WAIT * timeout)
     if not under_torchrun():
         try:
-            launch(
-                _process,
-                max(num_gpus, 1),
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(main, timeout, args, *rest),
-                timeout=longest_wait,
-            )
+            with pass_signals_on():
+                launch(
+                    _process,
+                    max(num_gpus, 1),
+                    num_machines=args.num_machines,
+                    machine_rank=args.machine_rank,
+                    dist_url=args.dist_url,
+                    args=(main, timeout, args, *rest),
+                    timeout=longest_wait,
+                )
         except ProcessExitedException as error:
             if error.signal_name is None:
                 sys.exit(error.exit_code)  # the process has printed why

@@ -9,38 +9,44 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import HookBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from retina_plugin.data import DATASET_MAPPER_REGISTRY
+from retina_plugin.data.loader import build_train_loader
 from retina_plugin.evaluation import EVALUATOR_REGISTRY
 from retina_plugin.modeling.monitoring import LOG_PERIOD
 from retina_plugin.modeling.normalizer import LossNormalizer
+from retina_plugin.weights import Checkpointer
 
+from .checkpoint import Checkpoints, best_checkpoint
 from .checks import check_batch_size, check_num_classes, check_precision
 from .heartbeat import HeartbeatHook
-from .hooks import BestCheckpoint, Progress, Results
+from .hooks import Evaluation, Progress, Results
 from .performance import Autocast, inference_dtype, prepare_model, training_dtype
+from .resume import ResumableTrainer
 from .step import StepTrainer
+from .writers import Writers
 
 __all__ = ["Trainer"]
 
 _NO_EVALUATION: Mapping[str, Any] = {}
 
 
-class Trainer(DefaultTrainer):
+class Trainer(ResumableTrainer):
     """``DefaultTrainer`` with this package's keys, and with what a training should leave behind.
 
     The keys are ``TEST.EVALUATOR``, ``INPUT.MAPPER``, ``SOLVER.AMP``, ``SOLVER.ACCUMULATE`` and
     those of speed and memory (``MODEL.COMPILE``, ...). It also keeps the best checkpoint by AP,
-    shows a progress bar on a terminal, draws pictures at the end, and saves the moving average of
-    the loss normaliser in checkpoints.
+    shows a progress bar on a terminal and draws pictures at the end. A training that was killed and
+    is resumed ends as if nothing had happened (see :class:`.resume.ResumableTrainer`).
 
     ``SOLVER.REFERENCE_WORLD_SIZE`` scales batch, learning rate and schedule to the number of
     processes, as in Detectron2.
@@ -58,9 +64,10 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        # Not DefaultTrainer's __init__: it makes the step with Detectron2's trainers (StepTrainer
-        # says what they lack), and it gives DistributedDataParallel a GPU id even on the CPU.
-        TrainerBase.__init__(self)
+        # DefaultTrainer's __init__ is not called: it makes the step with Detectron2's trainers
+        # (StepTrainer says what they lack), and it gives DistributedDataParallel a GPU id even on
+        # the CPU.
+        super().__init__()
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()  # nobody has: in a notebook, for example
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
@@ -86,9 +93,7 @@ class Trainer(DefaultTrainer):
             grad_scaler=torch.amp.GradScaler(device_type) if precision == torch.float16 else None,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -100,18 +105,62 @@ class Trainer(DefaultTrainer):
         super().run_step()
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks, with ours before the writers, which write what ours measure."""
-        built = [HeartbeatHook(), *super().build_hooks()]
-        if not comm.is_main_process():
-            return built
-        *others, writers = built
-        if self.cfg.DATASETS.TEST:
-            # With several test sets, Detectron2 puts the name of the set before the metric.
-            prefix = f"{self.cfg.DATASETS.TEST[0]}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
-            others.append(
-                BestCheckpoint(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, f"{prefix}bbox/AP")
-            )
-        return [*others, Progress(self.cfg), writers, Results(self.cfg)]
+        """Detectron2's hooks or ours in their place, in Detectron2's order, and more of ours."""
+        cfg = self.cfg
+        precise_bn = self._build_precise_bn()
+        loaders = [self.data_loader]
+        if precise_bn is not None:
+            loaders.append(precise_bn._data_loader)
+        self._checkpoints = Checkpoints(
+            self.checkpointer,
+            cfg.SOLVER.CHECKPOINT_PERIOD,
+            cfg.TEST.EVAL_PERIOD,
+            config=cfg.dump(),
+            loaders=loaders,
+        )
+        trainer = weakref.proxy(self)
+        built: list[HookBase | None] = [
+            HeartbeatHook(),
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            precise_bn,
+            self._checkpoints,
+            Evaluation(
+                cfg.TEST.EVAL_PERIOD,
+                lambda: trainer._evaluate(),
+                lambda: trainer._requests,
+                lambda: trainer._say_interrupted(trainer._checkpoints.save_before_evaluation()),
+            ),
+        ]
+        if comm.is_main_process():
+            if cfg.DATASETS.TEST:
+                built.append(best_checkpoint(cfg, self.checkpointer))
+            # Before the writers, which write what the others measure.
+            built += [Progress(cfg), Writers(lambda: trainer.build_writers()), Results(cfg)]
+        return built
+
+    def _build_precise_bn(self) -> hooks.PreciseBN | None:
+        cfg = self.cfg.clone()
+        if not cfg.TEST.PRECISE_BN.ENABLED or not get_bn_modules(self.model):
+            return None
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        loader = self.build_train_loader(cfg)
+        num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
+        return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's writers. TensorBoard hides what a resumed training repeats."""
+        folder = self.cfg.OUTPUT_DIR
+        return [
+            CommonMetricPrinter(self.max_iter),
+            JSONWriter(os.path.join(folder, "metrics.json")),
+            TensorboardXWriter(folder, purge_step=self._last_written("TensorboardXWriter") + 1),
+        ]
+
+    def _evaluate(self) -> dict[str, Any]:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     @property
     def last_evaluation(self) -> Mapping[str, Any]:
@@ -131,12 +180,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Detectron2's training loader with the mapper that the config names.
+        """The training loader with the mapper that the config names.
 
-        It gives this process's part of each batch.
+        It gives this process's part of each batch, and can be resumed at any of them.
         """
-        mapper = DATASET_MAPPER_REGISTRY.build(cfg, True)
-        return build_detection_train_loader(cfg, mapper=mapper)
+        return build_train_loader(cfg, DATASET_MAPPER_REGISTRY.build(cfg, True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:

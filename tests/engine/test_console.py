@@ -18,7 +18,7 @@ def loggers():
 
 @pytest.fixture
 def args():
-    return argparse.Namespace(config_file="", eval_only=False)
+    return argparse.Namespace(config_file="", eval_only=False, resume=False)
 
 
 def test_console_prints_our_lines_and_all_warnings(capsys, loggers):
