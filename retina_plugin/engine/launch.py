@@ -92,8 +92,19 @@ def run(
                 "start as many processes, or train on the CPU with --num-gpus 0"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=longest_wait))
+    if world_size == num_processes:
+        # torchrun keeps the store. After a restart, PyTorch 2.14 finds the addresses of the ranks
+        # that have ended in it, and tries to connect to them. (Machines count their own restarts,
+        # so on several there is no such name: see docs/multi_process.md.)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
     torch.distributed.init_process_group(
-        backend="nccl" if num_gpus else "gloo", timeout=longest_wait
+        backend="nccl" if num_gpus else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=longest_wait,
     )
     comm.create_local_process_group(num_processes)
     _process(main, timeout, args, *rest)
