@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
-from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from torch import Tensor, nn
 
 from retina_plugin.errors import ConfigError
 
+from .buffers import WrittenBuffers
+
 __all__ = [
     "NonFiniteError",
     "StepGate",
-    "fused_step",
     "found_nonfinite",
-    "kept_buffers",
+    "fused_step",
     "nonfinite_names",
 ]
 
@@ -74,7 +74,7 @@ class StepGate:
         self.optimizer = optimizer
         self.max_skipped = max_skipped
         self._device = next(model.parameters()).device
-        self._buffers = _WrittenBuffers(model)
+        self._buffers = WrittenBuffers(model)
         self._count = torch.zeros((), device=self._device)
 
     def set_count(self, skipped: int) -> None:
@@ -98,7 +98,7 @@ class StepGate:
             A float32 scalar on the device, the same in all processes: 1 if the total loss of a
             process or a gradient is not finite, else 0.
         """
-        gradients = [p.grad for p in _parameters(self.optimizer) if p.grad is not None]
+        gradients = _gradients(self.optimizer)
         total_loss = total_loss.float()
         if grad_scaler is None:
             flag = found_nonfinite([total_loss, *gradients], self._device)
@@ -154,80 +154,9 @@ def nonfinite_names(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     return [name for (name, _), is_finite in zip(floating, finite, strict=True) if not is_finite]
 
 
-class _WrittenBuffers:
-    """The buffers that a forward pass may write, such as the statistics of batch norm."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._owners = [
-            (module, name)
-            for module in model.modules()
-            if not isinstance(module, FrozenBatchNorm2d)  # a ResNet-101 has 416 of these
-            for name in module._buffers
-        ]
-        self._kept: dict[torch.dtype, list[tuple[nn.Module, str, Tensor]]] = {}
-
-    def keep(self) -> None:
-        owners: dict[torch.dtype, list[tuple[nn.Module, str]]] = {}
-        for module, name in self._owners:
-            buffer = module._buffers.get(name)
-            if buffer is not None and buffer.numel():
-                owners.setdefault(buffer.dtype, []).append((module, name))
-        self._kept = {}
-        for dtype, pairs in owners.items():
-            copies = _copies([module._buffers[name] for module, name in pairs])
-            self._kept[dtype] = [(*pair, copy) for pair, copy in zip(pairs, copies)]
-
-    def restore(self, closed: Tensor) -> None:
-        """Put the kept values back where ``closed`` is true."""
-        on_cpu = closed.device.type == "cpu"
-        if on_cpu and not closed:
-            return
-        for dtype, kept in self._kept.items():
-            # Looked up again: a module may have put a new tensor in the place of a buffer.
-            pairs = [(module._buffers.get(name), copy) for module, name, copy in kept]
-            same = [
-                (now, copy)
-                for now, copy in pairs
-                if now is not None and now.dtype == dtype and now.shape == copy.shape
-            ]
-            buffers, values = [now for now, _ in same], [copy for _, copy in same]
-            if not on_cpu:
-                flat = torch.where(closed, _flat(values), _flat(buffers))
-                values = _split_like(flat, buffers)
-            torch._foreach_copy_(buffers, values)
-
-
-@contextlib.contextmanager
-def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Afterwards, the buffers of the model are as before."""
-    buffers = _WrittenBuffers(model)
-    buffers.keep()
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            device = next(model.parameters()).device
-            buffers.restore(torch.ones((), dtype=torch.bool, device=device))
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([x.flatten() for x in tensors])
-
-
-def _split_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    parts = flat.split([x.numel() for x in tensors])
-    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
-
-
-@torch.no_grad()
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors of one type, made by one kernel and not by one each."""
-    return _split_like(_flat(tensors), tensors)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 def _step(optimizer: torch.optim.Optimizer, closed: Tensor) -> None:
@@ -290,8 +219,7 @@ def _can_be_gated(optimizer: torch.optim.Optimizer) -> bool:
     steps = [vars(cls)["step"] for cls in type(optimizer).__mro__ if "step" in vars(cls)]
     if not all(step.__module__.startswith(_GATED_MODULES) for step in steps):
         return False  # a user's subclass may not hand the flag on
-    trained = [p for p in _parameters(optimizer) if p.grad is not None]
-    if any(p.grad.is_sparse for p in trained):  # type: ignore[union-attr]
+    if any(gradient.is_sparse for gradient in _gradients(optimizer)):
         return False
     if not isinstance(optimizer, torch.optim.SGD):
         fused = all(group.get("fused") for group in optimizer.param_groups)

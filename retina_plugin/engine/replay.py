@@ -16,8 +16,9 @@ from detectron2.utils.events import EventStorage
 from retina_plugin.errors import ConfigError
 
 from .checks import check_run
-from .diagnosis import Diagnosis, diagnose
+from .diagnosis import Diagnosis
 from .finite import NonFiniteError
+from .inspection import diagnose
 from .setup import setup_cfg
 from .state import load_random_state
 from .step_record import StepRecord, from_json
@@ -83,9 +84,9 @@ def replay(path: str | os.PathLike[str], opts: list[str] | None = None) -> Repla
     checkpoint = _load(trainer, record)
     result = Replay(record, trainer.start_iter, checkpoint)
     with EventStorage(trainer.start_iter) as trainer.storage:
-        for trainer.iter in range(trainer.start_iter, record.iteration + 1):
-            trainer.storage.iter = trainer.iter
-            if trainer.iter == record.iteration:
+        for iteration in range(trainer.start_iter, record.iteration + 1):
+            trainer.iter = trainer.storage.iter = iteration
+            if iteration == record.iteration:
                 batch = _batch(trainer, record)
                 result.diagnosis = _diagnose(trainer, record, batch)
                 step._data_loader_iter_obj = iter([batch])
@@ -94,7 +95,7 @@ def replay(path: str | os.PathLike[str], opts: list[str] | None = None) -> Repla
                 trainer.run_step()
                 step.check_finite()
             except NonFiniteError as error:
-                result.stopped_at, result.error = trainer.iter, str(error)
+                result.stopped_at, result.error = iteration, str(error)
                 return result
             trainer.scheduler.step()
     return result
@@ -104,10 +105,10 @@ def _config(record: StepRecord, path: Path, opts: list[str]) -> CfgNode:
     try:
         settings = yaml.safe_load(record.config)
         imports = tuple(settings["IMPORTS"] or ())
-        settings["IMPORTS"] = ()  # a file of a run must not run code
         passes = settings["SOLVER"]["ACCUMULATE"] * len(record.processes)
         settings["SOLVER"]["ACCUMULATE"] = passes
-        settings["IMPORTS"], settings["OUTPUT_DIR"] = [], str(path.parent)
+        settings["IMPORTS"] = []  # a file must not make code run
+        settings["OUTPUT_DIR"] = str(path.parent)
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: its config cannot be read ({error})") from None
     if imports and "IMPORTS" not in opts[::2]:

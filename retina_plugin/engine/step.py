@@ -185,14 +185,14 @@ class StepTrainer(SimpleTrainer):
             sync = self.model.no_sync()  # the processes exchange gradients in the last pass only
         with sync:
             losses = self.losses_of(self.model, data)
-            total = sum(losses.values())
+            total: Any = sum(losses.values())
             if self.grad_scaler is not None:
                 total = self.grad_scaler.scale(total)
             total.backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Detectron2's state, the loss scaler's, and the number of skipped steps, if there are any."""
+        """Detectron2's state, and where there are any the loss scaler's and the skipped steps."""
         state = super().state_dict()
         if self.grad_scaler is not None:
             state["grad_scaler"] = self.grad_scaler.state_dict()

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from .diagnosis import Diagnosis, diagnose, file_names, first_of
+from .diagnosis import Diagnosis, file_names, first_of
 from .finite import NonFiniteError, nonfinite_names
+from .inspection import diagnose
 from .state import load_random_state, random_state
 from .step_record import ProcessFacts, StepRecord
 
@@ -115,14 +117,13 @@ class StepWatch:
 
     @property
     def _model(self) -> nn.Module:
-        return getattr(self._trainer.model, "module", self._trainer.model)
+        model: nn.Module = self._trainer.model
+        return model.module if isinstance(model, DistributedDataParallel) else model
 
     def _state(self) -> list[tuple[str, Tensor]]:
         """The tensors of a checkpoint, by name."""
         parameters = dict(self._model.named_parameters())
-        buffers = [
-            (k, x) for k, x in self._model.named_buffers() if k not in (self._masks or ())
-        ]
+        buffers = [(k, x) for k, x in self._model.named_buffers() if k not in (self._masks or ())]
         names = {id(p): name for name, p in parameters.items()}
         optimizer = [
             (f"{key} of {names.get(id(p), 'a parameter')}", x)
@@ -198,7 +199,9 @@ class StepWatch:
     def _error(self, record: StepRecord, path: str) -> NonFiniteError:
         text = record.describe()
         if self.max_skipped:
-            text += f"; skipped before: {self.skipped} (SOLVER.MAX_SKIPPED_STEPS {self.max_skipped})"
+            text += (
+                f"; skipped before: {self.skipped} (SOLVER.MAX_SKIPPED_STEPS {self.max_skipped})"
+            )
         text += f": {record.fix()}"
         if path:
             text += f"; `retina replay {path}` repeats the step"

@@ -114,9 +114,7 @@ def test_step_before_the_first_checkpoint(cfg, train, capsys):
     assert saved.iteration == 2 and saved.last_checkpoint == ""
     result = replay(file)
     assert result.is_reproduced and (result.start, result.checkpoint) == (0, "")
-    assert result.diagnosis.largest_weight == float(
-        saved.processes[0].diagnosis["largest_weight"]
-    )
+    assert result.diagnosis.largest_weight == float(saved.processes[0].diagnosis["largest_weight"])
     assert not replay(file, ["SOLVER.GAMMA", "1.0"]).is_reproduced
 
 

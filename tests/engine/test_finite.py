@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from retina_plugin.engine import finite
+from retina_plugin.engine.buffers import WrittenBuffers
 from retina_plugin.engine.finite import StepGate, found_nonfinite, nonfinite_names
 from retina_plugin.errors import ConfigError
 
@@ -227,7 +228,7 @@ class Counter(nn.Module):
 def test_buffers_are_put_back(on_device, monkeypatch):
     """Also where a module replaces them, and by the code for accelerators."""
     net = Counter()
-    buffers = finite._WrittenBuffers(net)
+    buffers = WrittenBuffers(net)
     for closed, expected in ((False, 1), (True, 1), (False, 2)):
         buffers.keep()
         net(torch.ones(2, 2))
@@ -274,9 +275,7 @@ def test_fused_gate_equals_the_hosts(name):
     for ours, theirs in zip(state(net, optimizer), state(reference, expected), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
     # What a checkpoint holds does not change.
-    assert groups == [
-        {k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups
-    ]
+    assert groups == [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     assert not hasattr(optimizer, "found_inf")
 
 
