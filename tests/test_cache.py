@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 
 import pytest
@@ -57,42 +54,41 @@ def test_file_and_folder_are_flushed_before_and_after_the_rename(tmp_path, monke
     assert steps == [str(temporary), "rename", str(tmp_path)]
 
 
-WRITE_SLOWLY = """
-    import sys, time
-    from pathlib import Path
-    from retina_plugin.cache import atomic_write
-    with atomic_write(Path(sys.argv[1])) as temporary:
-        temporary.write_bytes(b"half")
-        print("writing", flush=True)
-        time.sleep(60)
-"""
+def start_writing(path):
+    """The process that has half written ``path``."""
+    ready, tell = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(b"half")
+                os.write(tell, b"1")
+                time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(tell)
+    assert os.read(ready, 1) == b"1"
+    os.close(ready)
+    return process
 
 
-def test_temporary_of_a_killed_process_is_removed_by_the_next_write(tmp_path, repo):
+def kill(process):
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
+def test_temporary_of_a_killed_process_is_removed_by_the_next_write(tmp_path):
     """That of a living process stays."""
-    command = [sys.executable, "-c", textwrap.dedent(WRITE_SLOWLY), str(tmp_path / "a.bin")]
-    env = os.environ | {"PYTHONPATH": str(repo)}
-    writers = [
-        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    try:
-        for writer in writers:
-            assert writer.stdout.readline() == "writing\n"
-        assert len(names(tmp_path)) == 2
-        remove_stale_temporaries(tmp_path)
-        assert len(names(tmp_path)) == 2  # both live
-        writers[0].send_signal(signal.SIGKILL)
-        writers[0].wait()
-        time.sleep(0.1)
-        with atomic_write(tmp_path / "b.bin") as temporary:
-            temporary.write_bytes(b"1")
-        left = names(tmp_path) - {"b.bin"}
-        assert len(left) == 1  # the other one still writes
-    finally:
-        for writer in writers:
-            writer.kill()
-            writer.wait()
-            writer.stdout.close()
+    first = start_writing(tmp_path / "a.bin")
+    second = start_writing(tmp_path / "a.bin")
+    assert len(names(tmp_path)) == 2
+    remove_stale_temporaries(tmp_path)
+    assert len(names(tmp_path)) == 2  # both live
+    kill(first)
+    with atomic_write(tmp_path / "b.bin") as temporary:
+        temporary.write_bytes(b"1")
+    assert len(names(tmp_path) - {"b.bin"}) == 1  # the other one still writes
+    kill(second)
     remove_stale_temporaries(tmp_path)
     assert names(tmp_path) == {"b.bin"}
 

@@ -6,9 +6,6 @@ import os
 import pickle
 import resource
 import signal
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -150,43 +147,46 @@ def test_folder_that_is_a_file_is_one_line(tmp_path):
     assert str(tmp_path / "file" / "last_checkpoint") in text
 
 
-KILLED = """
-    import os, signal, sys, torch
-    from retina_plugin.weights import Checkpointer
-    model = torch.nn.Linear(1, 1)
-    saver = Checkpointer(model, sys.argv[1])
+class Kills:
+    """Being pickled, it ends the process: a checkpoint is half written then."""
+
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_until_killed(folder, step, number):
+    """Kill this process at the given call of a step of writing."""
+    saver = Checkpointer(nn.Linear(1, 1), str(folder))
     saver.save("model_0000001", iteration=1)
-    step = {"write": "open", "rename": "replace", "flush": "fsync"}[sys.argv[2]]
-
-    class Kills:
-        def __reduce__(self):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    if sys.argv[2] == "write":
+    if step == "write":
         saver.save("model_0000001", iteration=2, last=Kills())
-    original, calls = getattr(os, step), []
+    name = {"flush": "fsync", "rename": "replace"}[step]
+    original, calls = getattr(os, name), []
 
     def kill(*args):
         calls.append(args)
-        if len(calls) == int(sys.argv[3]):
+        if len(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args)
 
-    setattr(os, step, kill)
+    setattr(os, name, kill)
     saver.save("model_0000001", iteration=2)
     saver.save("model_0000003", iteration=3)
-"""
 
 
 @pytest.mark.parametrize(
     ("step", "call", "iteration"),
     [("write", 1, 1), ("flush", 1, 1), ("rename", 1, 1), ("rename", 2, 2), ("rename", 4, 2)],
 )
-def test_killed_at_any_step_leaves_a_whole_checkpoint(tmp_path, repo, step, call, iteration):
+def test_killed_at_any_step_leaves_a_whole_checkpoint(tmp_path, step, call, iteration):
     """The old one or the new one, and the next save removes the temporary one."""
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), step, str(call)]
-    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(repo)}, timeout=120)
-    assert result.returncode == -signal.SIGKILL
+    process = os.fork()
+    if process == 0:
+        try:
+            save_until_killed(tmp_path, step, call)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     saver = Checkpointer(nn.Linear(1, 1), str(tmp_path))
     assert read_checkpoint(saver.get_checkpoint_file())["iteration"] == iteration
     saver.save("model_0000009")
