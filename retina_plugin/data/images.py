@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import re
-import tempfile
-import threading
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -21,6 +17,8 @@ from PIL import ExifTags, Image
 from torch.nn import functional as F
 
 from retina_plugin.errors import ConfigError
+
+from .jpeg import decode_jpeg
 
 __all__ = [
     "BadImageError",
@@ -179,68 +177,15 @@ def _read_header(
             return data, None
 
 
-# libjpeg has no other way to say that data are damaged than a line on the standard error.
-_STDERR_LOCK = threading.Lock()
-_EXTRA_BYTES = re.compile(rb"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
-_DAMAGE = (b"Corrupt JPEG data", b"Premature end of JPEG file")
-_LIBJPEG = (*_DAMAGE, b"Warning: unknown JFIF", b"Invalid SOS parameters", b"Inconsistent progr")
-
-
 def _decode_jpeg(data: bytes, file_name: str, flags: int) -> np.ndarray | None:
-    """OpenCV's decoded image; None if it cannot decode it.
-
-    Raises:
-        BadImageError: libjpeg says that data are damaged.
-    """
-    image, lines = None, []
-    with _captured_stderr() as captured:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    for line in captured:
-        if line.startswith(_LIBJPEG):
-            lines.append(line)
-        elif line:  # another thread's
-            os.write(2, line + b"\n")
-    for line in lines:
-        if line.startswith(_DAMAGE) and not _is_padding(line, data):
-            raise BadImageError(
-                f"the image {file_name} is damaged ({line.decode(errors='replace').strip()}): "
-                "replace the file; if it looks right, save it again"
-            )
+    """OpenCV's decoded image; None if it cannot decode it."""
+    image, damage = decode_jpeg(data, flags)
+    if damage:
+        raise BadImageError(
+            f"the image {file_name} is damaged ({damage}): replace the file; if it looks right, "
+            "save it again"
+        )
     return image
-
-
-def _is_padding(line: bytes, data: bytes) -> bool:
-    """Whether libjpeg only means that bytes fill up the file behind all pixels."""
-    extra = _EXTRA_BYTES.match(line)
-    if extra is None:
-        return False
-    count, before_end_marker = int(extra[1]), data[:-2]
-    return count <= 16 or len(before_end_marker) - len(before_end_marker.rstrip(b"\0\xff")) >= count
-
-
-@contextlib.contextmanager
-def _captured_stderr() -> Iterator[list[bytes]]:
-    """The lines that C code writes to the standard error meanwhile, filled in at the end."""
-    lines: list[bytes] = []
-    with _STDERR_LOCK, contextlib.ExitStack() as stack:
-        try:
-            saved = os.dup(2)
-        except OSError:  # the process has none
-            yield lines
-            return
-        stack.callback(os.close, saved)
-        if hasattr(os, "memfd_create"):  # Linux: a file in memory
-            file: IO[bytes] = os.fdopen(os.memfd_create("stderr"), "rb")
-        else:
-            file = tempfile.TemporaryFile()  # noqa: SIM115
-        stack.enter_context(file)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield lines
-        finally:
-            os.dup2(saved, 2)
-            file.seek(0)
-            lines += file.read().splitlines()
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances
 
+from retina_plugin.data.annotations import check_annotations
 from retina_plugin.data.images import (
     BadImageError,
     FastResize,
@@ -111,7 +112,7 @@ class DatasetMapper(Detectron2DatasetMapper):
         file_name = dataset_dict["file_name"]
         check_readable(file_name, self.image_format)
         if self.is_train:
-            _check_annotations(file_name, _without_crowds(dataset_dict.get("annotations", [])))
+            check_annotations(file_name, _without_crowds(dataset_dict.get("annotations", [])))
         try:
             record = super().__call__(dataset_dict)
         except detection_utils.SizeMismatchError as error:
@@ -220,7 +221,7 @@ class FastMapper:
             size = augmented.image.shape[:2]
             if not self.keep_crowd:
                 annotations = _without_crowds(annotations)
-            _check_annotations(record["file_name"], annotations)
+            check_annotations(record["file_name"], annotations)
             record["instances"] = self._instances(annotations, transforms, size)
         return record
 
@@ -239,47 +240,6 @@ class FastMapper:
 
 def _without_crowds(annotations: list[Record]) -> list[Record]:
     return [a for a in annotations if a.get("iscrowd", 0) == 0]
-
-
-# Detectron2 reads no others; the last one has an angle, which becomes an upright box.
-_NUMBERS = {BoxMode.XYWH_ABS: 4, BoxMode.XYXY_ABS: 4, BoxMode.XYWHA_ABS: 5}
-_FARTHEST = 1e9  # pixels; also NaN and infinity are not below it
-
-
-def _check_annotations(file_name: str, annotations: list[Record]) -> None:
-    """Raise a ConfigError that names the first annotation that cannot be trained on."""
-    for i, annotation in enumerate(annotations):
-        fault = _fault(annotation)
-        if fault:
-            name = f"id {annotation['id']}" if "id" in annotation else f"number {i + 1}"
-            raise ConfigError(
-                f"{file_name}: annotation {name} {fault}: correct or remove it "
-                "(`retina doctor` lists all)"
-            )
-
-
-def _fault(annotation: Record) -> str:
-    for key in ("bbox", "bbox_mode", "category_id"):
-        if annotation.get(key) is None:
-            return f"has no {key}"
-    box, mode, category = (annotation[key] for key in ("bbox", "bbox_mode", "category_id"))
-    if mode not in _NUMBERS:
-        return f"has bbox_mode {mode!r}, not XYWH_ABS or XYXY_ABS of BoxMode"
-    try:
-        if len(box) != _NUMBERS[mode] or any(isinstance(x, (str, bool)) for x in box):
-            return f"has bbox {box}, which is not {_NUMBERS[mode]} numbers"
-        if not all(-_FARTHEST < x < _FARTHEST for x in box):
-            return f"has bbox {box}, which is not finite or lies far outside any image"
-        width, height = box[2:4]
-        if mode == BoxMode.XYXY_ABS:
-            width, height = width - box[0], height - box[1]
-    except TypeError:
-        return f"has bbox {box!r}, which is not {_NUMBERS[mode]} numbers"
-    if width < 0 or height < 0:
-        return f"has bbox {box} with a negative width or height"
-    if isinstance(category, (str, bool)) or int(category) != category or category < 0:
-        return f"has category_id {category!r}, not a whole number from 0 on"
-    return ""
 
 
 def _transform_boxes(

@@ -11,7 +11,7 @@ import torch
 from detectron2.data import detection_utils
 from PIL import Image
 
-from retina_plugin.data import DATASET_MAPPER_REGISTRY, images
+from retina_plugin.data import DATASET_MAPPER_REGISTRY, jpeg
 from retina_plugin.data.images import BadImageError, check_image_size, check_readable, read_image
 
 SIZE = 96
@@ -177,10 +177,10 @@ def test_damaged_png_raises(tmp_path, pixels, position):
 
 def test_other_lines_on_the_standard_error_stay(capfd):
     """Only libjpeg's lines are taken."""
-    with images._captured_stderr() as lines:
+    with jpeg._captured_stderr() as lines:
         os.write(2, b"mine\nCorrupt JPEG data: x\n")
     assert lines == [b"mine", b"Corrupt JPEG data: x"]
-    images._decode_jpeg(b"no image", "a.jpg", 1)
+    assert jpeg.decode_jpeg(b"no image", 1) == (None, "")
     os.write(2, b"after\n")
     assert capfd.readouterr().err.endswith("after\n")
 
