@@ -204,7 +204,6 @@ def test_loss_of_each_anchor_is_that_of_the_formula(data):
     got_NR = anchor_losses(case.logits, case.targets, case.loss, case.K)
     ignored_NR = case.label_NR == IGNORED
     assert (got_NR[ignored_NR] == -INF).all()
-    rtol = case.rtol()
     # the margin minus p_t loses its digits where they are near
     smallest = 1e-6 if isinstance(case.loss, HingeLoss) else 1e-30
     assert_near(got_NR[~ignored_NR], case.per_anchor[~ignored_NR], case.rtol(), smallest)
