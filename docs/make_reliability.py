@@ -40,8 +40,9 @@ DETECTRON2 = """\
 Detectron2's outcomes of the planted faults were recorded on {date} by
 `python -m tests.faults.detectron2_outcomes`, which gives the same files and the same YAML to its
 `RetinaNet`, `DefaultTrainer` and `COCOEvaluator` (torch {torch}, fvcore {fvcore}, pycocotools
-{pycocotools}). Those of the other rows come from trials with the same trainer and the same YAML.
-"Ends well" is exit status 0.
+{pycocotools}). Those of the other rows come from trials with the same trainer on torch 2.14.1.
+"Ends well" is exit status 0. After two iterations AP is near 0, so a wrong test set changes it
+little here: with a detector of AP 46.8, another order of classes gave AP 2.7 without a word.
 """
 
 
@@ -85,7 +86,7 @@ def _plain(pattern: str) -> str:
 def others(section: dict[str, Any]) -> Iterator[list[str]]:
     for row in section.get("rows", ()):
         file, _, name = row["test"].partition("::")
-        link = f"[`{name}`](../{file})"
+        link = f"[`{name}`](../{file})" if (ROOT / file).is_file() else f"`{name}`"
         yield [_cell(row["fault"]), _cell(row["happens"]), link, _cell(row["detectron2"])]
 
 
@@ -97,8 +98,8 @@ def figures(settings: list[dict[str, Any]]) -> str:
     rows = [row for section in settings for row in section.get("rows", ())]
     kills = sum(count_cases(row["test"]) for row in rows if row.get("kills"))
     lines = [
-        f"- **{kills} trainings killed** with SIGKILL, most of them once, some several times; each "
-        "ended with the bits of one that nobody killed.",
+        f"- **At least {kills} trainings killed** with SIGKILL, some several times; each ended "
+        "with the bits of one that nobody killed.",
         f"- **{len(FAULTS) + len(rows)} faults**: {len(FAULTS)} planted in files, {len(rows)} in "
         "tests of their own.",
     ]

@@ -5,14 +5,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ConfigError", "check_choice", "did_you_mean"]
+__all__ = ["ConfigError", "check_choice", "did_you_mean", "one_line"]
 
 
 class ConfigError(ValueError):
     """A config, dataset or machine that can't work: one line that names the thing and the fix.
 
-    The commands print the line without a traceback.
+    The commands print the line without a traceback. A name from a file may hold a line break, or
+    characters that a terminal obeys: they are replaced.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """``text`` with a space for each line break and a "?" for what cannot be printed."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.splitlines()))
 
 
 def check_choice(key: str, value: str, choices: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from retina_plugin.errors import ConfigError
+from retina_plugin.errors import ConfigError, one_line
 
 __all__ = ["Finding", "Severity", "raise_errors"]
 
@@ -39,7 +39,7 @@ class Finding:
     fix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" + (f": {self.fix}" if self.fix else "")
+        return one_line(f"{self.where}: {self.what}" + (f": {self.fix}" if self.fix else ""))
 
 
 def raise_errors(findings: Iterable[Finding]) -> None:
