@@ -92,7 +92,7 @@ def check_config(cfg: CfgNode, eval_only: bool = False) -> None:
 
 def _check_training_keys(cfg: CfgNode) -> None:
     solver, retinanet = cfg.SOLVER, cfg.MODEL.RETINANET
-    for name in ("IMS_PER_BATCH", "ACCUMULATE"):
+    for name in ("IMS_PER_BATCH", "ACCUMULATE", "PROCESS_TIMEOUT"):
         if solver[name] < 1:
             raise ConfigError(f"SOLVER.{name} must be at least 1, got {solver[name]}")
     check_backend(retinanet.LOSS_BACKEND)
