@@ -20,6 +20,7 @@ from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from torch.distributed import run as torchrun
 
 from benchmarks import command as benchmarks
 from retina_plugin.cli import COMMANDS
@@ -41,6 +42,12 @@ PARSED_ONLY = {
     "python train_net.py --config-file configs/retina_R101_800.yaml --num-gpus 8": "COCO, 8 GPUs",
     "python train_net.py --config-file configs/retina_R101_800.yaml --eval-only MODEL.WEIGHTS "
     "model.pth DATASETS.TEST \"('coco_2017_test-dev',)\"": "COCO",
+    "python train_net.py --config-file configs/retina_R101_800.yaml --num-gpus 8 --num-machines 2 "
+    "--machine-rank 0 --dist-url tcp://node0:29500": "two machines",
+    "torchrun --standalone --nproc_per_node 8 --max-restarts 3 train_net.py --resume --config-file "
+    "configs/retina_R101_800.yaml": "COCO, 8 GPUs",
+    "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint node0:29500 "
+    "--max-restarts 3 train_net.py --resume --config-file configs/retina_R101_800.yaml": "machines",
     "python -m benchmarks": "takes minutes",
     "python -m benchmarks --stage loss --device cuda": "a GPU",
     "python -m reproduction.reproduce 1b --scale paper": "COCO, GPUs",
@@ -120,9 +127,11 @@ def try_command(command):
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets and command in PARSED_ONLY
-    elif words[:2] == ["python", "train_net.py"]:
+    elif words[:2] == ["python", "train_net.py"] or words[0] == "torchrun":
         assert command in PARSED_ONLY
-        args = argument_parser().parse_args(words[2:])
+        if words[0] == "torchrun":
+            assert torchrun.parse_args(words[1:]).training_script == "train_net.py"
+        args = argument_parser().parse_args(words[words.index("train_net.py") + 1 :])
         cfg = setup_cfg(args.config_file, args.opts)
         if "coco" not in str(cfg.DATASETS):
             check_config(cfg)

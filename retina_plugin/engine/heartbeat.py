@@ -109,6 +109,7 @@ class Heartbeat:
         self._others = _Others()
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Heartbeat:
         store = _get_default_store()
@@ -118,13 +119,19 @@ class Heartbeat:
         comm.synchronize()  # so that every process has written its first report
         self._read()
         for work in (self._exchange, self._decide):
-            threading.Thread(target=work, name=f"heartbeat{work.__name__}", daemon=True).start()
+            thread = threading.Thread(target=work, name=f"heartbeat{work.__name__}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
         Heartbeat._current = self
         return self
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         Heartbeat._current = None
         self._stop.set()
+        # Python aborts if a thread comes back from the store while the interpreter ends. Not for
+        # ever: the process that holds the store may be stopped.
+        for thread in self._threads:
+            thread.join(10)
         if exc_type is None:
             self._update(done=True)
 
