@@ -57,7 +57,7 @@ class WrittenBuffers:
                 if now is not None and now.dtype == dtype and now.shape == copy.shape
             ]
             buffers, values = [now for now, _ in same], [copy for _, copy in same]
-            if not on_cpu:
+            if not on_cpu and buffers:
                 flat = torch.where(closed, _flat(values), _flat(buffers))
                 values = _split_like(flat, buffers)
             torch._foreach_copy_(buffers, values)

@@ -152,6 +152,8 @@ def test_skipped_step_never_happened(fault, period, passes, log):
     for at, number, text in zip((0, 3), (1, 2), warnings):
         assert text.startswith(f"skipped a step ({number} of SOLVER.MAX_SKIPPED_STEPS 2): ")
         assert f"iteration={at} " in text and f"{at}_1.png" in text
+        # Later steps have changed the model if the flag is read later: nothing to look at.
+        assert ("it begins in" in text) == (period == 1 or (period, at) == (4, 3))
     logged = storage.history("total_loss").values()
     assert all(torch.isfinite(torch.tensor(v)) for v, _ in logged)
     # A finite loss whose gradient is not finite is a number like any other.
