@@ -135,7 +135,9 @@ _TRAINING: dict[str, _Need] = {
         "WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"
     ),
     "SOLVER.MAX_ITER": _whole(1),
+    "SOLVER.MAX_SKIPPED_STEPS": _whole(0),
     "SOLVER.MOMENTUM": _number("from 0 to below 1", lambda v: 0 <= v < 1),
+    "SOLVER.PROCESS_TIMEOUT": _whole(1),
     "SOLVER.REFERENCE_WORLD_SIZE": _whole(0),
     "SOLVER.STEPS": _Need(
         "a list of whole numbers from 1 on, each greater than the one before",
