@@ -28,14 +28,14 @@ from retina_plugin.engine import setup_cfg  # noqa: E402
 
 torch.set_num_threads(1)
 
-# Each fuzz test tries a multiple of its profile's number of inputs. `quick` tries the same ones in
-# every run. `make test-slow` chooses `long`, whose inputs are new each time; a failing one is kept
-# in .hypothesis and tried first in the next run.
+# Each fuzz test tries a multiple of its profile's number of inputs. `quick` and `long` try the same
+# ones in every run, because they gate changes: `make test-slow` chooses `long`. `new` tries others
+# each time; a failing one is kept in .hypothesis and tried first in the next run.
 _ANY = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
-hypothesis.settings.register_profile(
-    "quick", max_examples=3, derandomize=True, database=None, **_ANY
-)
-hypothesis.settings.register_profile("long", max_examples=100, print_blob=True, **_ANY)
+_SAME = {"derandomize": True, "database": None}
+hypothesis.settings.register_profile("quick", max_examples=3, **_SAME, **_ANY)
+hypothesis.settings.register_profile("long", max_examples=100, **_SAME, **_ANY)
+hypothesis.settings.register_profile("new", max_examples=100, print_blob=True, **_ANY)
 hypothesis.settings.load_profile("quick")
 
 _LOGGERS = ("detectron2", "fvcore", "retina_plugin")

@@ -215,6 +215,5 @@ def test_page_is_generated(name):
     assert (ROOT / "docs" / f"{name}.md").read_text() == page, "run `make docs`"
 
 
-@pytest.mark.xfail(strict=True, reason="until all branches are merged")
 def test_tests_that_the_reliability_page_names_exist():
     assert not runpy.run_path(str(ROOT / "docs" / "make_reliability.py"))["missing_tests"]()

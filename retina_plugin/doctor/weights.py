@@ -20,6 +20,7 @@ def check_weights(cfg: CfgNode) -> Iterator[Finding]:
     path = cfg.MODEL.WEIGHTS
     if not path:
         return
+    path = path.split("?")[0]  # ?matching_heuristics=True belongs to the checkpointer
     url = path.replace("detectron2://", Detectron2Handler.S3_DETECTRON2_PREFIX)
     try:
         local = download(path)

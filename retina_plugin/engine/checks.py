@@ -6,13 +6,13 @@ are logged.
 
 from __future__ import annotations
 
-import os
-
 import torch
 from detectron2.config import CfgNode
+from torch import nn
 
 from retina_plugin.doctor import Severity, config, datasets, machine, raise_errors, weights
 from retina_plugin.errors import ConfigError
+from retina_plugin.weights import Checkpointer
 
 __all__ = [
     "check_batch_size",
@@ -45,8 +45,7 @@ def check_run(
     """
     check_config(cfg, eval_only)
     num_gpus = check_devices(cfg, num_gpus, eval_only)
-    has_checkpoint = os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    if not (resume and has_checkpoint):
+    if not (resume and Checkpointer(nn.Module(), cfg.OUTPUT_DIR).has_checkpoint()):
         if eval_only and not cfg.MODEL.WEIGHTS:
             raise ConfigError("--eval-only: set MODEL.WEIGHTS to the checkpoint to evaluate")
         check_weights(cfg)

@@ -21,11 +21,11 @@ from tests.faults.planting import CLASSES, SIDE, Fault
 FAULTS: list[Fault] = []
 
 
-def plant(section, what, outcome, says="", needs_run=False, pending=""):
+def plant(section, what, outcome, says="", needs_run=False):
     """Register the function as a fault."""
 
     def register(function):
-        FAULTS.append(Fault(section, what, function, outcome, says, needs_run, pending))
+        FAULTS.append(Fault(section, what, function, outcome, says, needs_run))
         return function
 
     return register
@@ -356,8 +356,8 @@ def _state_dict(world, **keys):
     return build_model(cfg).state_dict()
 
 
-def _weights_fault(what, content, outcome="error", says="", name="weights.pth", pending=""):
-    @plant("Weights, --eval-only", what, outcome, says, needs_run=True, pending=pending)
+def _weights_fault(what, content, outcome="error", says="", name="weights.pth"):
+    @plant("Weights, --eval-only", what, outcome, says, needs_run=True)
     def _(world):
         world.eval_only = True
         world.save_weights(content(world), name)

@@ -139,7 +139,6 @@ class Fault:
             (the numbers of the run without the fault, to the bit).
         says: a regular expression that the line or the warning matches.
         needs_run: it is found while training or evaluating, not before: seconds.
-        pending: the branch that mends it; "" once it is mended.
     """
 
     section: str
@@ -148,7 +147,6 @@ class Fault:
     outcome: str
     says: str = ""
     needs_run: bool = False
-    pending: str = ""
 
     @property
     def is_slow(self) -> bool:

@@ -57,9 +57,7 @@ CASES = [
     pytest.param(
         fault,
         id=f"{fault.section}: {fault.what}",
-        marks=[pytest.mark.slow] * fault.is_slow
-        + [pytest.mark.xfail(strict=True, reason=f"mended on {fault.pending}")]
-        * bool(fault.pending),
+        marks=[pytest.mark.slow] * fault.is_slow,
     )
     for fault in FAULTS
 ]
