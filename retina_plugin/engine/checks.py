@@ -92,9 +92,13 @@ def check_config(cfg: CfgNode, eval_only: bool = False) -> None:
 
 def _check_training_keys(cfg: CfgNode) -> None:
     solver, retinanet = cfg.SOLVER, cfg.MODEL.RETINANET
-    for name in ("IMS_PER_BATCH", "ACCUMULATE", "PROCESS_TIMEOUT"):
+    for name in ("IMS_PER_BATCH", "ACCUMULATE"):
         if solver[name] < 1:
             raise ConfigError(f"SOLVER.{name} must be at least 1, got {solver[name]}")
+    if solver.PROCESS_TIMEOUT < 1:
+        raise ConfigError(
+            f"SOLVER.PROCESS_TIMEOUT must be at least 1, got {solver.PROCESS_TIMEOUT}"
+        )
     check_backend(retinanet.LOSS_BACKEND)
     if retinanet.LOSS_IN_PLACE and retinanet.SAMPLER == "OHEM":
         raise ConfigError(
