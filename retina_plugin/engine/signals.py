@@ -6,6 +6,7 @@ A scheduler sends one before it takes the machine away, and a user presses Ctrl-
 from __future__ import annotations
 
 import contextlib
+import datetime
 import multiprocessing
 import os
 import signal
@@ -61,8 +62,10 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         if comm.get_world_size() > 1:
-            # gloo works on the CPU, so nothing waits for a GPU.
-            self._group = torch.distributed.new_group(backend="gloo")
+            # gloo works on the CPU, so nothing waits for a GPU. One process may evaluate for long
+            # while the others wait here; a process that hangs is the heartbeat's business.
+            limit = datetime.timedelta(days=1)
+            self._group = torch.distributed.new_group(backend="gloo", timeout=limit)
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
