@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = "$(VENV)/bin/python"
+# On all cores, a file of tests on one of them. Each test has one thread: more would wait in turns.
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 SETUP = PYTHON="$(PYTHON)" requirements/setup.sh
 # Another interpreter is another stamp, so that setup.sh sees it and says what to do.
 INSTALLED := $(VENV)/installed-$(shell "$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -31,10 +33,10 @@ format: setup ## let ruff rewrite what it can
 	$(RUN) -m ruff format .
 
 test: lint ## lint, types and tests
-	$(RUN) -m pytest
+	$(PYTEST)
 
 test-slow: setup ## what takes minutes: the tests marked slow, and ten minutes of fuzzing
-	$(RUN) -m pytest -m slow
+	$(PYTEST) -m slow
 	$(RUN) -m pytest tests/fuzz --hypothesis-profile=long
 
 demo: setup ## train and evaluate on the embedded digits

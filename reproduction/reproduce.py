@@ -95,7 +95,7 @@ def outcome(run: Run) -> dict[str, Any] | None:
         losses = [loss for _, loss in series["loss_cls"]]
         # the largest shows a loss that blew up but stayed finite
         result |= {"early_loss": losses[0], "largest_loss": max(losses), "final_loss": losses[-1]}
-    diverged = re.search(r"Loss became infinite or NaN at iteration=(\d+)", console)
+    diverged = re.search(r"not finite at iteration=(\d+)", console)
     if diverged:
         return {**result, "diverged_at": int(diverged[1])}
     if run.process.returncode != 0 or "bbox/AP" not in series:

@@ -8,6 +8,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from retina_plugin import add_retina_config
+from retina_plugin.cli import train as train_command
 from retina_plugin.config import DETECTRON2_KEYS, KEYS, REMOVED_KEYS, flatten
 from retina_plugin.data import DATASET_MAPPER_REGISTRY
 from retina_plugin.engine import Trainer, check_config, check_devices, import_user_modules
@@ -90,6 +91,10 @@ def test_every_key_is_read(tiny_cfg, monkeypatch):
             set_key(cfg, key, default)
         cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION = True, "bfloat16"
         Trainer.test(cfg, Trainer(cfg).model)
+        # what only the command reads, before it starts the processes
+        patch.setattr(train_command, "setup_cfg", lambda file, opts: cfg)
+        patch.setattr(train_command, "run", lambda *args, **options: None)
+        train_command.main(["--config-file", "retina_R50_400.yaml", "--num-gpus", "0"])
     assert KEYS.keys() - read == set()
     assert "MODEL.RETINANET.NOT_READ" not in read
 

@@ -63,7 +63,7 @@ def run_process(args: argparse.Namespace, cfg: CfgNode) -> None:
             # Every process may print here: perhaps only this one read the broken image. If a
             # worker of the data loader raised the error, PyTorch has put the worker's traceback
             # into the message, which ends with the error.
-            sys.exit(f"error: {str(error).rpartition('ConfigError: ')[2].strip()}")
+            sys.exit(f"error: {str(error).rpartition(f'{type(error).__name__}: ')[2].strip()}")
 
 
 def fail(error: Exception, local_rank: int) -> NoReturn:

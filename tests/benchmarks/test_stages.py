@@ -97,6 +97,7 @@ def test_loss_in_place_saves_the_memory_of_the_gradient():
     assert usual > gradient > 2 * in_place
 
 
+@pytest.mark.slow
 def test_training_steps_agree():
     """Losses on one small image, of every implementation that is not compiled."""
     cases = train_step("cpu", sizes=[("R50", 1, 64, 96)], options=OPTIONS)

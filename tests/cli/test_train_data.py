@@ -12,6 +12,8 @@ from detectron2.data.datasets import register_coco_instances
 from retina_plugin.cli import train as train_command
 from retina_plugin.engine import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tiny_cfg, tiny_digits, tmp_path, monkeypatch):

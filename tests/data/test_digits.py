@@ -323,6 +323,7 @@ def writer(cache, how):
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_processes_that_are_killed_or_write_at_once(scenes, cache):
     """The next one sweeps what a killed one left; of two, one writes and the other waits."""
     assert writer(cache, "killed").wait(60) == -signal.SIGKILL

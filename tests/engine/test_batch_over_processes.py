@@ -82,6 +82,9 @@ def _run(rank, size, store, cfg, results):
     torch.distributed.destroy_process_group()
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def small_cfg():
     """A small model without batch norm, which normalises what a process has."""
@@ -93,7 +96,7 @@ def small_cfg():
     return cfg
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 4])
 def processes(request, tmp_path_factory, small_cfg):
     """(number of processes, what each found by (rank, case))."""
     size = request.param

@@ -162,7 +162,7 @@ def test_existing_weights_pass(tiny_cfg, monkeypatch, tmp_path):
     """So do no weights, and a URL that can be downloaded."""
     check_weights(tiny_cfg)
     tiny_cfg.MODEL.WEIGHTS = str(tmp_path / "a.pkl")
-    (tmp_path / "a.pkl").touch()
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x04N.")  # a pickle, because downloads are verified
     check_weights(tiny_cfg)
     tiny_cfg.MODEL.WEIGHTS = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
     monkeypatch.setattr(PathManager, "get_local_path", lambda path: str(tmp_path / "a.pkl"))

@@ -68,6 +68,7 @@ def test_torchrun_trains_and_evaluates(repo, tiny_digits, tmp_path):
     assert checkpoint["trainer"]["loss_normalizer_ema"] != 100.0
 
 
+@pytest.mark.slow
 def test_torchrun_with_all_options(repo, tiny_digits, tmp_path):
     """16 bit, accumulation and checkpointing together, also in evaluation."""
     fast = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "bfloat16"]

@@ -130,6 +130,7 @@ def test_results_are_recorded_and_not_trained_again(tiny_digits, tmp_path, capsy
     assert "1 runs, 1 in the ledger" in out and "1b gamma=2: AP" in out
 
 
+@pytest.mark.slow
 def test_interrupted_run_resumes(tiny_digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     where = ["--output", str(tmp_path / "runs"), "--seeds", "1"]

@@ -126,6 +126,7 @@ def test_whole_library_is_not_compiled_again(library, monkeypatch):
     assert native._build(compiler()) == library
 
 
+@pytest.mark.slow
 def test_library_that_was_cut_does_not_end_the_process(library):
     """It is compiled and loaded in a process of its own. Loading what was cut is SIGBUS."""
     os.truncate(library, 20000)
