@@ -261,6 +261,71 @@ def test_test_set_without_class_names_raises(function, found):
     assert found(cfg) == ([], [])
 
 
+def test_other_name_of_the_only_class_gives_a_warning(coco, found):
+    """It cannot be taken for another class."""
+
+    def only(name):
+        def edit(content):
+            content["categories"] = [{"id": 1, "name": name}]
+            content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 1]
+
+        return edit
+
+    coco(only("person"))
+    cfg = coco()
+    path = Path(MetadataCatalog.get("test_val").json_file)
+    content = json.loads(path.read_text())
+    only("pedestrian")(content)
+    path.write_text(json.dumps(content))
+    cfg.MODEL.RETINANET.NUM_CLASSES = 1
+    errors, (line,) = found(cfg)
+    assert errors == [] and "class 0 is 'pedestrian', but 'person' in test_train" in line
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("test_train", "test_val"), ()
+    assert len(found(cfg)[0]) == 1  # Detectron2 trains on equal names only
+
+
+def test_paths_may_be_objects_or_in_the_file_names(coco, found, tmp_path):
+    def whole(content):
+        for image in content["images"]:
+            image["file_name"] = str(tmp_path / "train" / image["file_name"])
+
+    cfg = coco(whole)
+    metadata = MetadataCatalog.get("test_train")
+    path = metadata.json_file
+    for name in ("json_file", "image_root"):
+        delattr(metadata, name)
+    metadata.set(json_file=Path(path), image_root="")
+    assert found(cfg) == ([], [])
+
+
+def test_file_in_the_format_of_a_function_passes(function, found, tmp_path):
+    """LVIS v1 has no file_name; other formats have other keys altogether."""
+    path = tmp_path / "own.json"
+    path.write_text('{"frames": []}')
+    names = [*"0123456789"]
+    cfg = function(
+        lambda: DatasetCatalog.get("digits_scenes_train"), thing_classes=names, json_file=str(path)
+    )
+    cfg.DATASETS.TEST = ()
+    assert found(cfg) == ([], [])
+
+
+def test_file_name_that_is_none_is_one_line(function, found):
+    cfg = function(
+        lambda: [{"file_name": None, "height": 9, "width": 9, "image_id": 1, "annotations": []}]
+    )
+    cfg.DATASETS.TEST = ()
+    (line,), _ = found(cfg)
+    assert "image files are missing (1 of 1, the first: None)" in line
+
+
+def test_annotation_of_id_0_gives_a_warning(coco, found):
+    """pycocotools takes 0 for "no match"."""
+    cfg = coco(lambda content: content["annotations"][0].update(id=0), "val")
+    errors, (line,) = found(cfg)
+    assert errors == [] and "an annotation with the id 0" in line
+
+
 def test_image_folder_that_moved_is_one_error(coco, found, tmp_path):
     """Not one for each image."""
     cfg = coco()

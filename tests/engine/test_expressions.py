@@ -96,12 +96,13 @@ def test_anything_else_raises(text, tmp_path, monkeypatch):
         "[" * 101 + "]" * 101,
         "-" * 400 + "1",
         "1" * 501,
+        "[[x, x] for x in " * 18 + "[1]" + "]" * 18,  # half a million values
         "[0 " + "for x in [1, 2, 3, 4, 5, 6, 7, 8, 9, 0] " * 8 + "]",
     ],
 )
 def test_sizes_are_bounded(text):
-    """Of numbers, exponents, texts, and the number of steps."""
-    if text.startswith("[[") or text.startswith("-"):
+    """Of numbers, exponents, texts, and the number of steps and of values."""
+    if text.startswith("[[[") or text.startswith("-"):
         evaluate(text)  # deep, but small
         return
     with pytest.raises(ValueError):

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -234,9 +235,13 @@ def test_killed_from_outside(runner, variation):
     """At random times, while it starts too, until it ends."""
     rng = random.Random(0)
     expected, _ = runner.whole(variation)
+    start = time.monotonic()
+    assert runner.train(f"timed {variation}", variation) == [0]
+    duration = time.monotonic() - start  # at most .4 of it, so a second run does not end either
     name, kills, codes = f"outside {variation}", 0, [-9]
     while codes != [0] and kills < 12:
-        codes = runner.train(name, variation, resume=kills > 0, seconds=rng.uniform(0.5, 3))
+        limit = rng.uniform(0.1, 0.4) * duration
+        codes = runner.train(name, variation, resume=kills > 0, seconds=limit)
         kills += codes == [-9]
     if codes != [0]:
         assert runner.train(name, variation, resume=True) == [0], runner.log(name)

@@ -109,7 +109,8 @@ def other_type(value, rng):
     if isinstance(value, bool) or value is None:
         return str(value)
     if isinstance(value, (int, float)):
-        return rng.choice([str(value), float(value), -value, [value], value * 10**6])
+        number = float(value) if abs(value) < 1e300 else math.inf  # of an integer of any length
+        return rng.choice([str(value), number, -value, [value], value * 10**6])
     if isinstance(value, list):
         return rng.choice([{str(i): v for i, v in enumerate(value)}, str(value), value[:1]])
     if isinstance(value, dict):

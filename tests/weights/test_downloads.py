@@ -25,6 +25,19 @@ def zipped():
     return stream.getvalue()
 
 
+def old_format():
+    stream = io.BytesIO()
+    tensor = torch.arange(1000)
+    torch.save({"a.weight": tensor}, stream, _use_new_zipfile_serialization=False)
+    return stream.getvalue()
+
+
+def safetensors_like_a_pickle():
+    """Its header has 128 bytes, which is how a pickle begins."""
+    header = b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'
+    return (128).to_bytes(8, "little") + header.ljust(128) + b"ab"
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Keeps the paths that were asked for, in ``requests``."""
 
@@ -82,6 +95,14 @@ def test_damaged_file_without_a_fingerprint_is_downloaded_again(served, content,
     os.remove(f"{local}.fingerprint")
     Path(local).write_bytes(DAMAGES[damage](content))
     assert Path(download(url)).read_bytes() == content and len(requests) == 2
+
+
+@pytest.mark.parametrize("content", [old_format(), safetensors_like_a_pickle()])
+def test_other_formats_are_not_damaged(served, log, content):
+    """Neither ends as a pickle does."""
+    url, requests = served(content)
+    assert Path(download(url)).read_bytes() == content and len(requests) == 1
+    assert "damaged" not in log.text
 
 
 def test_file_of_the_user_is_left_alone(tmp_path):
