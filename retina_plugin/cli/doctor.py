@@ -30,7 +30,7 @@ from retina_plugin.doctor import (
 from retina_plugin.engine import check_devices, find_config, setup_cfg
 from retina_plugin.engine.console import console
 from retina_plugin.engine.timing import measure_step
-from retina_plugin.errors import ConfigError
+from retina_plugin.errors import ConfigError, one_line
 
 __all__ = ["examine", "main"]
 
@@ -81,7 +81,8 @@ def table(report: Report) -> str:
     rows = []
     for _, finding in report.sorted_findings():
         lines = [finding.where, finding.what] + [f"-> {finding.fix}"] * bool(finding.fix)
-        rows.append([finding.severity.value, "\n".join(lines)])
+        # Names in the data may hold line breaks, or signs that a terminal obeys.
+        rows.append([finding.severity.value, "\n".join(map(one_line, lines))])
     return tabulate(
         rows,
         ["", "where: what, and what to do"],

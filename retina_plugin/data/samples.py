@@ -6,8 +6,10 @@ Nothing else decides what an image looks like, so any of them can be read again 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -86,8 +88,16 @@ def leave_signals_to_parent(worker: int) -> None:
     """Signals that ask a training to stop reach its workers too, from a terminal or from SLURM.
 
     The training then finishes its iteration, for which it needs the workers, and ends them itself.
-    A second SIGTERM ends a worker, because that is how PyTorch ends one that does not answer.
+    A SIGTERM of the training ends a worker: at its exit Python sends one, and waits for the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    """Thread: end this process when its parent sends SIGTERM. A handler cannot tell who sent it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

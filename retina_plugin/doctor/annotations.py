@@ -55,7 +55,7 @@ _KEYPOINTS = Kind(_ERROR, "annotations whose keypoints are no list of numbers", 
 
 
 def check_annotations(
-    path: str, content: dict[str, Any], *, train: bool, test: bool
+    path: str, content: dict[str, Any], *, train: bool, test: bool, all_keys: bool = True
 ) -> Iterator[Finding]:
     """What Detectron2 or pycocotools would fail on, or read wrongly.
 
@@ -64,6 +64,7 @@ def check_annotations(
         content: what :func:`~retina_plugin.doctor.reading.read_annotations` returned.
         train: it is trained on, so it has to have annotations.
         test: it is evaluated on, so areas are read.
+        all_keys: False: another function gives the images' files and sizes.
     """
     for key in ("images", "categories", "annotations"):
         if key == "annotations" and key not in content and not train:
@@ -81,7 +82,11 @@ def check_annotations(
     }
     for key, entries in lists.items():
         yield from _check_ids(path, key, entries)
-    yield from _check_images(path, lists["images"])
+    if test and any(entry.get("id") == 0 for entry in _records(lists["annotations"])):
+        what = "has an annotation with the id 0, whose detection pycocotools counts as a false one"
+        yield Finding(_WARNING, path, what, "number annotations from 1")
+    if all_keys:
+        yield from _check_images(path, lists["images"])
     yield from _check_categories(path, lists["categories"])
     yield from _check_entries(path, lists, test)
 

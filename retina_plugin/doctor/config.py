@@ -92,6 +92,8 @@ def _check_anchors(cfg: CfgNode) -> Iterator[Finding]:
         return
     for name in ("SIZES", "ASPECT_RATIOS"):
         given = generator[name]
+        if is_list(given) and given and not is_list(given[0]):
+            continue  # numbers for all levels
         if is_list(given) and is_list(levels) and len(given) not in (1, len(levels)):
             yield _error(
                 f"MODEL.ANCHOR_GENERATOR.{name}",

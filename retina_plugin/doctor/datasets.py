@@ -107,8 +107,8 @@ def _check_files(key: str, name: str) -> Iterator[Finding]:
             yield Finding(_ERROR, key, f"{name}: {error}")
             return
     for attribute in ("json_file", "image_root"):
-        path = metadata.get(attribute)
-        if path is None or "://" in path or os.path.exists(path):
+        path = os.fspath(metadata.get(attribute) or "")
+        if not path or "://" in path or os.path.exists(path):  # "": the names are whole paths
             continue
         if name.startswith("coco_"):
             root = os.path.abspath(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
@@ -128,12 +128,21 @@ def _check_content(cfg: CfgNode, name: str, roles: list[str]) -> tuple[list[Find
     classes = list(metadata.get("thing_classes") or [])
     found: list[Finding] = []
     json_file = metadata.get("json_file")
+    json_file = None if json_file is None else os.fspath(json_file)
     by_detectron2 = DatasetCatalog[name].__module__ in _COCO_LOADERS
-    if json_file is not None and "://" not in json_file:
+    # A function of its own may read another format; COCO's evaluation reads the file all the same.
+    read = by_detectron2 or (test and "COCO" in cfg.TEST.EVALUATOR)
+    if read and json_file is not None and "://" not in json_file:
         try:
             with _no_garbage_collection():
                 content = read_annotations(json_file)
-                found += check_annotations(json_file, content, train=train, test=test)
+                found += check_annotations(
+                    json_file,
+                    content,
+                    train=train and by_detectron2,
+                    test=test,
+                    all_keys=by_detectron2,
+                )
         except ConfigError as error:
             what = str(error).removeprefix(f"{json_file}: ")
             return [Finding(_ERROR, json_file, what)], classes
@@ -202,7 +211,7 @@ def _check_image_files(cfg: CfgNode, name: str, files: list[str], test: bool) ->
             continue
         try:
             status = os.stat(file)
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):  # TypeError: a name that is None
             tally.add(missing, str(file))
             continue
         if status.st_size == 0:
@@ -255,7 +264,11 @@ def _check_class_order(
         if reference is None or len(names) != len(known[reference]) or names == known[reference]:
             continue
         same = [_plain(a) == _plain(b) for a, b in zip(names, known[reference])]
-        severity = _WARNING if all(same) else _ERROR
+        # A single class cannot be taken for another one. Detectron2 refuses to train on several
+        # sets unless their names are equal.
+        harmless = all(same) or len(names) == 1
+        both = {name, reference} <= {*cfg.DATASETS.TRAIN} and "TRAIN" in splits
+        severity = _WARNING if harmless and not both else _ERROR
         yield _difference(severity, name, names, reference, known[reference])
 
 

@@ -49,7 +49,9 @@ def check_images(
     records: list[tuple[str, dict[str, Any]]] = []
     for name in names:
         try:
-            records += [(name, record) for record in dataset_records(name)]
+            loaded = dataset_records(name)
+            if isinstance(loaded, list):  # it may also be a dataset of PyTorch, even an endless one
+                records += [(name, record) for record in loaded]
         except ConfigError as error:
             yield Finding(Severity.ERROR, name, str(error).removeprefix(f"{name}: "))
     wanted = [_wanted(record) for _, record in records]

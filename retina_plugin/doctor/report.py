@@ -73,6 +73,7 @@ class Report:
     classes: tuple[ClassCount, ...] | None = None
     loss: FirstLoss | None = None
     step: StepCost | None = None
+    _known: set[Finding] = field(default_factory=set, repr=False)
 
     def run(self, name: str, check: Check) -> None:
         """Run one check. If it raises, that is an error finding, and what it found before stays."""
@@ -99,7 +100,8 @@ class Report:
         self.seconds[name] = time.perf_counter() - start
 
     def _add(self, name: str, finding: Finding) -> None:
-        if all(finding != other for _, other in self.findings):
+        if finding not in self._known:  # every image may have one
+            self._known.add(finding)
             self.findings.append((name, finding))
 
     def sorted_findings(self) -> list[tuple[str, Finding]]:
@@ -232,7 +234,8 @@ def examine_training(
     if not report.has_error("SOLVER."):
         report.run("schedule", lambda: schedule_findings(cfg, state["images"]))
     if "names" in state:
-        report.run("mirrored classes", lambda: flip_findings(cfg, state["names"]))
+        if MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes") is not None:
+            report.run("mirrored classes", lambda: flip_findings(cfg, state["names"]))
         report.run("classes", classes)
     of_model = ("MODEL", "INPUT.MIN_SIZE", "INPUT.MAX_SIZE")
     if not report.has_error(*of_model):

@@ -63,6 +63,10 @@ _POSITIVE = _number("above 0", lambda v: v > 0)
 _NOT_NEGATIVE = _number("from 0 on", lambda v: v >= 0)
 _SHARE = _number("from 0 to 1", lambda v: 0 <= v <= 1)
 _SHARE_ABOVE_0 = _number("above 0 and up to 1", lambda v: 0 < v <= 1)
+_POSITIVES = _list_of(_POSITIVE)
+_BY_LEVEL = _list_of(_POSITIVES)
+# Detectron2 also takes a list of numbers, for all levels.
+_OF_LEVELS = _Need(_BY_LEVEL.text, lambda v: _BY_LEVEL.holds(v) or _POSITIVES.holds(v))
 _INCREASING = _Need(
     "a list of numbers above 0 and up to 1, each greater than the one before",
     lambda v: (
@@ -77,9 +81,9 @@ _ALWAYS: dict[str, _Need] = {
     "DATALOADER.NUM_WORKERS": _whole(0),
     "INPUT.MAX_SIZE_TEST": _whole(1),
     "INPUT.MIN_SIZE_TEST": _whole(0),  # Detectron2: 0 is "no resizing"
-    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _list_of(_list_of(_POSITIVE)),
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _OF_LEVELS,
     "MODEL.ANCHOR_GENERATOR.OFFSET": _number("from 0 to below 1", lambda v: 0 <= v < 1),
-    "MODEL.ANCHOR_GENERATOR.SIZES": _list_of(_list_of(_POSITIVE)),
+    "MODEL.ANCHOR_GENERATOR.SIZES": _OF_LEVELS,
     "MODEL.FPN.OUT_CHANNELS": _whole(1),
     "MODEL.PIXEL_MEAN": _list_of(_number("", lambda v: True)),
     "MODEL.PIXEL_STD": _list_of(_POSITIVE),
@@ -101,7 +105,11 @@ _ALWAYS: dict[str, _Need] = {
 # What only a training needs.
 _TRAINING: dict[str, _Need] = {
     "DATALOADER.SAMPLER_TRAIN": _one_of(
-        "TrainingSampler", "RandomSubsetTrainingSampler", "RepeatFactorTrainingSampler"
+        "TrainingSampler",
+        "RandomSubsetTrainingSampler",
+        "RepeatFactorTrainingSampler",
+        "WeightedTrainingSampler",
+        "WeightedCategoryTrainingSampler",
     ),
     "INPUT.MAX_SIZE_TRAIN": _whole(1),
     "INPUT.MIN_SIZE_TRAIN": _list_of(_whole(0)),  # 0 is "no resizing", as in INPUT.MIN_SIZE_TEST

@@ -87,7 +87,7 @@ def start_log(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.eval_only:
         output.run_on_main_process(lambda: output.make(folder))
     else:
-        output.run_on_main_process(lambda: output.claim(folder, begins=not args.resume))
+        output.run_on_main_process(lambda: output.claim(folder))
     # Detectron2's console handlers write to what sys.stdout is when they are made.
     with contextlib.redirect_stdout(io.StringIO()) as unseen:
         try:

@@ -36,7 +36,8 @@ def evaluate(text: str) -> Any:
 
     Raises:
         ValueError: the text is longer than 500 characters, is something else than arithmetic with
-            lists, takes too many steps, or has numbers beyond 1e9. It says which.
+            lists, takes too many steps, describes too many values, or has numbers
+            beyond 1e9. It says which.
     """
     if len(text) > _MAX_CHARACTERS:
         raise ValueError(f"it is longer than {_MAX_CHARACTERS} characters")
@@ -44,7 +45,19 @@ def evaluate(text: str) -> Any:
         tree = ast.parse(text.lstrip(" \t"), mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise ValueError("it is no expression") from None
-    return _Evaluation().value(tree.body, {})
+    value = _Evaluation().value(tree.body, {})
+    if _count_values(value, {}) > _MAX_STEPS:
+        raise ValueError(f"it describes more than {_MAX_STEPS} values")
+    return value
+
+
+def _count_values(value: Any, done: dict[int, int]) -> int:
+    """How many values there are when lists that stand there several times are written out."""
+    if not isinstance(value, (list, tuple)):
+        return 1
+    if id(value) not in done:
+        done[id(value)] = 1 + sum(_count_values(item, done) for item in value)
+    return done[id(value)]
 
 
 class _Evaluation:

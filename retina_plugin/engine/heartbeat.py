@@ -137,12 +137,14 @@ class Heartbeat:
 
     def begin(self, iteration: int) -> None:
         """The main thread begins a training iteration."""
-        self._since = time.monotonic()
-        self._own = replace(self._own, iteration=iteration)
+        with self._lock:  # the threads write it too
+            self._since = time.monotonic()
+            self._own = replace(self._own, iteration=iteration)
 
     def end(self) -> None:
         """It has finished the iteration."""
-        self._own = replace(self._own, iteration=None, seconds=0.0, place="", waits=False)
+        with self._lock:
+            self._own = replace(self._own, iteration=None, seconds=0.0, place="", waits=False)
 
     def report_failure(self, line: str) -> None:
         """Tell the others why this process ends."""
@@ -172,7 +174,8 @@ class Heartbeat:
         return None
 
     def _update(self, **changes: Any) -> None:
-        self._own = replace(self._own, **changes)
+        with self._lock:
+            self._own = replace(self._own, **changes)
         with contextlib.suppress(RuntimeError):  # the process that holds the store has ended
             self._write()
 

@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm  # Detectron2 needs it too
 
+from retina_plugin.errors import ConfigError
 from retina_plugin.modeling import FocalRetinaNet
 
 from . import report
@@ -81,6 +82,12 @@ class Evaluation(hooks.EvalHook):
         except OSError as error:  # only the main process writes
             if error.errno not in _DISK_ERRORS:
                 raise
+            if comm.get_world_size() > 1 and len(self.trainer.cfg.DATASETS.TEST) > 1:
+                # The other processes are at the next test set, where they would wait for ever.
+                raise ConfigError(
+                    f"the evaluation after iteration {self.trainer.iter + 1} cannot be written "
+                    f"({error}): make room, then --resume goes on from the last checkpoint"
+                ) from None
             logger.error(
                 "The evaluation after iteration %d failed (%s); the training goes on",
                 *(self.trainer.iter + 1, error),

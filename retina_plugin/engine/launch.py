@@ -25,7 +25,7 @@ from retina_plugin.errors import ConfigError
 
 from .failures import KILLED, one_line, record_error
 from .heartbeat import Heartbeat
-from .signals import pass_signals_on
+from .signals import EXIT_CODE, pass_signals_on
 
 __all__ = ["run", "under_torchrun"]
 
@@ -66,8 +66,10 @@ def run(
         raise ConfigError(f"SOLVER.PROCESS_TIMEOUT must be more than 0 seconds, got {timeout}")
     longest_wait = timedelta(seconds=_LONGEST_WAIT * timeout)
     if not under_torchrun():
+        starts = max(num_gpus, 1) * args.num_machines > 1  # else `launch` only calls it
         try:
-            with pass_signals_on():
+            # Only then: the data loader's workers are processes of this one too.
+            with pass_signals_on() if starts else contextlib.nullcontext():
                 launch(
                     _process,
                     max(num_gpus, 1),
@@ -121,6 +123,8 @@ def _process(main: Callable[..., None], timeout: float, *args: Any) -> None:
         except SystemExit as end:
             if isinstance(end.code, str):
                 _report(heartbeat, end.code)
+            elif end.code == EXIT_CODE:
+                _report(heartbeat, "error: a signal stopped it, and it is saved")
             raise
         except Exception as error:
             line = one_line(error)

@@ -68,7 +68,7 @@ def make(folder: str) -> None:
         raise unusable(folder, error) from None
 
 
-def claim(folder: str, *, begins: bool = False) -> None:
+def claim(folder: str) -> None:
     """Make the folder, and keep other trainings out of it until :func:`release`.
 
     A lock of the kernel does that, so a process that is killed leaves nothing locked. It is a lock
@@ -76,7 +76,6 @@ def claim(folder: str, *, begins: bool = False) -> None:
 
     Args:
         folder: ``OUTPUT_DIR``.
-        begins: the training does not resume. :func:`begun_anew` says so until :func:`begin`.
 
     Raises:
         ConfigError: the folder cannot be written to, or another training uses it.
@@ -103,8 +102,8 @@ def claim(folder: str, *, begins: bool = False) -> None:
         logger.warning("OUTPUT_DIR %s cannot be locked: do not start two trainings in it", folder)
     _claimed[path] = file
     try:
-        # An earlier process may have been killed before it had moved the files away.
-        _write_lock(path, begins or begun_anew(folder))
+        # Kept: an earlier process may have been killed while it moved the files away.
+        _write_lock(path, begun_anew(folder))
     except OSError as error:
         release(folder)
         raise unusable(folder, error) from None
@@ -119,7 +118,7 @@ def release(folder: str) -> None:
 
 
 def begun_anew(folder: str) -> bool:
-    """Whether a training began in the folder, but has not moved the files of an earlier one."""
+    """Whether a training was killed while it moved the files of an earlier one away."""
     return _read_lock(Path(folder).resolve()).get("begins", False) is True
 
 
@@ -137,6 +136,8 @@ def begin(folder: str, *, resumed: bool = False) -> None:
     try:
         found = [] if resumed else [p for p in path.iterdir() if _FILES.fullmatch(p.name)]
         if found:
+            # What a kill leaves here is not to be resumed: a part of the earlier training.
+            _write_lock(path, begins=True)
             taken = [p.name.removeprefix("earlier-") for p in path.glob("earlier-*")]
             number = 1 + max((int(text) for text in taken if text.isdecimal()), default=0)
             earlier = path / f"earlier-{number}"

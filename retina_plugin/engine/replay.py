@@ -107,6 +107,7 @@ def _config(record: StepRecord, path: Path, opts: list[str]) -> CfgNode:
         imports = tuple(settings["IMPORTS"] or ())
         passes = settings["SOLVER"]["ACCUMULATE"] * len(record.processes)
         settings["SOLVER"]["ACCUMULATE"] = passes
+        settings["SOLVER"]["REFERENCE_WORLD_SIZE"] = 0  # the config is scaled already
         settings["IMPORTS"] = []  # a file must not make code run
         settings["OUTPUT_DIR"] = str(path.parent)
     except (yaml.YAMLError, KeyError, TypeError) as error:
@@ -158,7 +159,7 @@ def _batch(trainer: Trainer, record: StepRecord) -> list[Any]:
 
 def _diagnose(trainer: Trainer, record: StepRecord, batch: list[Any]) -> Diagnosis:
     step = trainer._trainer
-    if len(record.processes) == 1:
+    if len(record.processes) == 1 and record.processes[0].random_states:
         load_random_state(from_json(record.processes[0].random_states))
     return diagnose(
         trainer.model,

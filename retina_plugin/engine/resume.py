@@ -64,7 +64,8 @@ class ResumableTrainer(DefaultTrainer):
         """
         # A training that began here and was killed before its first checkpoint: the checkpoints
         # are those of an earlier training.
-        self._resumes = resume and not output.begun_anew(self.cfg.OUTPUT_DIR)
+        begun_anew = comm.all_gather(output.begun_anew(self.cfg.OUTPUT_DIR))[0]
+        self._resumes = resume and not begun_anew
         path = ""
         if self._resumes:
             path = self.checkpointer.get_checkpoint_file() if comm.is_main_process() else ""
@@ -128,7 +129,7 @@ class ResumableTrainer(DefaultTrainer):
 
     def _prepare_folder(self) -> None:
         folder = self.cfg.OUTPUT_DIR
-        output.claim(folder, begins=not self._resumes)
+        output.claim(folder)
         output.begin(folder, resumed=self._resumes)
         try:
             trim_metrics(Path(folder) / "metrics.json", self._last_written("JSONWriter"))

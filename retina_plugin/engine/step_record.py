@@ -16,6 +16,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
+from retina_plugin.cache import atomic_write
 from retina_plugin.errors import ConfigError
 
 __all__ = ["ProcessFacts", "StepRecord", "from_json", "to_json", "write_record"]
@@ -121,12 +122,10 @@ class StepRecord:
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``nonfinite_<iteration>.json`` and return its path."""
         path = Path(folder) / f"nonfinite_{self.iteration:07d}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {"format": _FORMAT, **asdict(self)}
         text = json.dumps(to_json(content), allow_nan=False)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with atomic_write(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
         return path
 
     @classmethod
@@ -159,7 +158,7 @@ class StepRecord:
 def write_record(cfg: CfgNode, record: StepRecord) -> Path:
     """Add the training's config and its last checkpoint, and write the file into ``OUTPUT_DIR``."""
     last = Path(cfg.OUTPUT_DIR) / "last_checkpoint"
-    record.last_checkpoint = last.read_text().strip() if last.is_file() else ""
+    record.last_checkpoint = last.read_text(errors="replace").strip() if last.is_file() else ""
     record.config = cfg.dump()
     return record.write(cfg.OUTPUT_DIR)
 

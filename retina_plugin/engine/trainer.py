@@ -236,6 +236,7 @@ class Trainer(ResumableTrainer):
         normalizer = self._normalizer()
         if normalizer is not None:
             state["loss_normalizer_ema"] = normalizer.ema.item()
+            state["images_per_pass"] = self._images_per_pass()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -243,7 +244,14 @@ class Trainer(ResumableTrainer):
         super().load_state_dict(state_dict)
         normalizer = self._normalizer()
         if normalizer is not None and "loss_normalizer_ema" in state_dict:
-            normalizer.ema.fill_(state_dict["loss_normalizer_ema"])
+            # It counts the positives of one pass in one process.
+            images = self._images_per_pass()
+            factor = images / state_dict.get("images_per_pass", images)
+            normalizer.ema.fill_(state_dict["loss_normalizer_ema"] * factor)
+
+    def _images_per_pass(self) -> int:
+        solver = self.cfg.SOLVER
+        return int(solver.IMS_PER_BATCH // (solver.ACCUMULATE * comm.get_world_size()))
 
     def _normalizer(self) -> LossNormalizer | None:
         # A user's meta-architecture may have another normaliser, or none.

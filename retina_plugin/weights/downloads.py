@@ -13,6 +13,8 @@ from detectron2.utils.file_io import PathManager
 
 from retina_plugin.cache import Fingerprint, only_writer
 
+from .torch_files import OLD_FORMAT
+
 __all__ = ["download"]
 
 logger = logging.getLogger("retina_plugin")
@@ -61,10 +63,13 @@ def _fingerprint_of(file: Path) -> Path:
 def _looks_whole(file: Path) -> bool:
     """Whether a pickle or a zip archive, which is what weights are, has its end."""
     with open(file, "rb") as stream:
-        head = stream.read(2)
-        if head == b"PK":
+        head = stream.read(len(OLD_FORMAT))
+        if head.startswith(b"PK"):
             return zipfile.is_zipfile(stream)  # its directory is at the end
         if not head:
             return False
+        if head == OLD_FORMAT:
+            return True  # of torch.save before 1.6: its end is numbers
         stream.seek(-1, os.SEEK_END)
-        return not (head[:1] == b"\x80" and stream.read() != b".")
+        is_pickle = head[:1] == b"\x80" and head[8:9] != b"{"  # otherwise safetensors
+        return not is_pickle or stream.read() == b"."

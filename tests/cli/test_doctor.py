@@ -176,3 +176,11 @@ def test_table_is_sorted_and_fits_the_terminal(monkeypatch):
     lines = table(report).splitlines()
     assert max(map(len, lines)) <= 70
     assert lines[2].startswith("error") and any("-> mend it" in line for line in lines)
+
+
+def test_names_in_the_data_do_not_reach_the_terminal():
+    """They could clear it, or make a line of their own."""
+    report = Report("c.yaml")
+    finding = Finding(Severity.ERROR, "a.json", "the first: \x1b[2J b.jpg\nwarning  of its own")
+    report.run("x", lambda: [finding])
+    assert table(report).splitlines()[-1].strip() == "the first: ?[2J b.jpg warning  of its own"

@@ -11,9 +11,10 @@ import torch
 from retina_plugin import cli
 from retina_plugin.cli import replay as replay_command
 from retina_plugin.cli import train as train_command
-from retina_plugin.engine.replay import replay
+from retina_plugin.engine import Trainer
+from retina_plugin.engine.replay import _config, replay
 from retina_plugin.engine.step import StepTrainer
-from retina_plugin.engine.step_record import StepRecord
+from retina_plugin.engine.step_record import ProcessFacts, StepRecord
 from retina_plugin.errors import ConfigError
 
 END = 4  # the iteration that is not finite
@@ -29,6 +30,15 @@ def cfg(tiny_cfg, monkeypatch):
     tiny_cfg.SOLVER.MAX_ITER, tiny_cfg.SOLVER.CHECKPOINT_PERIOD = 6, 3
     tiny_cfg.SOLVER.STEPS, tiny_cfg.SOLVER.GAMMA = (3,), 1e30
     return tiny_cfg
+
+
+def test_config_is_not_scaled_to_the_processes_again(cfg):
+    """The training has done that, see SOLVER.REFERENCE_WORLD_SIZE."""
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 2
+    record = StepRecord(END, [ProcessFacts({}), ProcessFacts({})], config=cfg.dump())
+    repeated = _config(record, Path(cfg.OUTPUT_DIR, "nonfinite_0000004.json"), [])
+    solver = Trainer.auto_scale_workers(repeated, 1).SOLVER
+    assert (solver.IMS_PER_BATCH, solver.MAX_ITER) == (cfg.SOLVER.IMS_PER_BATCH, 6)
 
 
 @pytest.fixture

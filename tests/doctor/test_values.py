@@ -23,7 +23,7 @@ BAD = {
     "INPUT.MIN_SIZE_TRAIN": ((), (-1,), (800, -1), (NAN,), ("a",), None, 800),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("x",),
     "INPUT.RANDOM_FLIP": ("x", True),
-    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": ([], [[]], [[-0.5]], [[0]], [[NAN]], [[INF]], [1.0, [2]]),
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": ([], [[]], [[-0.5]], [[0]], [[NAN]], [[INF]], [1, [2]]),
     "MODEL.ANCHOR_GENERATOR.OFFSET": (-0.1, 1.0, NAN),
     "MODEL.ANCHOR_GENERATOR.SIZES": ([], [[]], [[32], []], [[0]], [[-1]], [["a"]], None, [[NAN]]),
     "MODEL.BACKBONE.FREEZE_AT": (-1, 6, NAN),

@@ -52,7 +52,7 @@ def test_folder_in_use_is_refused(folder, held):
     with pytest.raises(ConfigError, match=r"in use by another training \(process 4711 on node7\)"):
         output.claim(str(folder))
     with pytest.raises(ConfigError, match="in use by another training"):
-        output.claim(str(folder), begins=True)
+        output.claim(str(folder))
     assert not output.begun_anew(str(folder))
 
 
@@ -124,7 +124,7 @@ def test_earlier_training_is_moved_away(folder, log):
     """Nothing else is, and nothing is overwritten, however often that happens."""
     for number in (1, 2, 3):
         ours = fill(folder)
-        output.claim(str(folder), begins=True)
+        output.claim(str(folder))
         output.begin(str(folder))
         assert names(folder / f"earlier-{number}") == ours
         assert (folder / f"earlier-{number}" / "inference" / "results.json").is_file()
@@ -143,16 +143,42 @@ def test_resumed_training_keeps_its_files(folder, log):
 
 
 def test_new_folder_is_left_alone(folder, log):
-    output.claim(str(folder), begins=True)
+    output.claim(str(folder))
     output.begin(str(folder))
     assert names(folder) == {".lock"} and not log.messages
 
 
-def test_training_killed_before_it_began_is_remembered(folder):
-    """Until it has moved the files of the earlier one: a resume must not pick them up."""
-    output.claim(str(folder), begins=True)
-    assert output.begun_anew(str(folder))
-    output.release(str(folder))  # as the kernel does
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def killed_while_moving(monkeypatch):
+    """``begin`` that moves one file and is killed."""
+
+    def begin(folder):
+        moved = []
+
+        def rename(self, target):
+            if moved:
+                raise Killed
+            moved.append(target)
+            return os.replace(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", rename)
+            output.claim(folder)
+            with pytest.raises(Killed):
+                output.begin(folder)
+        output.release(folder)  # as the kernel does
+
+    return begin
+
+
+def test_training_killed_while_it_moves_files_is_remembered(folder, killed_while_moving):
+    """A resume must not pick up the rest of the earlier one."""
+    fill(folder)
+    killed_while_moving(str(folder))
     output.claim(str(folder))  # --resume
     assert output.begun_anew(str(folder))
     output.begin(str(folder))
@@ -162,23 +188,36 @@ def test_training_killed_before_it_began_is_remembered(folder):
     assert not output.begun_anew(str(folder))
 
 
-def test_resume_of_a_training_killed_before_its_first_checkpoint(tiny_cfg, log):
+def test_resume_of_a_training_killed_before_its_first_checkpoint(tiny_cfg, killed_while_moving):
     """Run B begins in the folder of A and is killed; --resume starts B anew."""
     tiny_cfg.DATASETS.TEST = ()
     folder = Path(tiny_cfg.OUTPUT_DIR)
     Trainer(tiny_cfg).train()
     for moved in (False, True):
-        output.claim(str(folder), begins=True)
         if moved:
+            output.claim(str(folder))
             output.begin(str(folder))
-        output.release(str(folder))
+            output.release(str(folder))
+        else:
+            killed_while_moving(str(folder))
         trainer = Trainer(tiny_cfg)
         trainer.resume_or_load(resume=True)
         assert trainer.start_iter == 0
         trainer.train()
         lines = (folder / "metrics.json").read_text().splitlines()
         assert [json.loads(line)["iteration"] for line in lines] == [1]
-    assert (folder / "earlier-2" / "model_final.pth").is_file()
+    assert (folder / "earlier-3" / "model_final.pth").is_file()
+
+
+def test_training_that_moved_nothing_leaves_the_earlier_one_to_resume(tiny_cfg):
+    """Started without --resume by mistake, and ended before it began."""
+    tiny_cfg.DATASETS.TEST = ()
+    Trainer(tiny_cfg).train()
+    output.claim(tiny_cfg.OUTPUT_DIR)
+    output.release(tiny_cfg.OUTPUT_DIR)
+    trainer = Trainer(tiny_cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
 
 
 def test_weights_of_the_earlier_training_can_be_used(tiny_cfg):

@@ -184,6 +184,15 @@ def test_checkpoints_of_detectron2_can_be_resumed(tiny_cfg, one_batch):
     assert trainer.iter == 7
 
 
+def test_moving_average_of_passes_of_another_size(tiny_cfg, one_batch):
+    """Resumed on twice as many processes, each sees half of the positives."""
+    trainer = Trainer(tiny_cfg)
+    trainer.model.normalizer.ema.fill_(12.0)
+    state = trainer.state_dict() | {"iteration": 7}
+    trainer.load_state_dict(state | {"images_per_pass": 2 * state["images_per_pass"]})
+    assert trainer.model.normalizer.ema.item() == 6.0
+
+
 def test_model_without_our_normaliser_trains(tiny_cfg, one_batch):
     """Such as Detectron2's own RetinaNet."""
     tiny_cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
