@@ -57,7 +57,7 @@ def test_float32_agrees_with_float64_autograd(alpha, gamma, spread, backend):
         (FocalLossStar(0.25, 4.0, 0.0), lambda x_t: -F.logsigmoid(4 * x_t) / 4),
         (HingeLoss(None, 0.9), lambda x_t: (0.9 - torch.sigmoid(x_t)).clamp(min=0)),
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", repr(value)),  # without an address
 )
 @pytest.mark.parametrize("channels_last", [False, True])
 @each_backend

@@ -66,7 +66,7 @@ class LargestSoftplus(TorchDispatchMode):
         (CrossEntropy(), lambda x_t: focal(x_t, 0.0)),
         (FocalLossStar(0.25, 2.0, 1.0), lambda x_t: -F.logsigmoid(2 * x_t + 1) / 2),
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", repr(value)),  # without an address
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_low_background_needs_no_softplus(loss, elementwise, dtype):
