@@ -36,8 +36,8 @@ test: lint ## lint, types and tests
 	$(PYTEST)
 
 test-slow: setup ## what takes minutes: the tests marked slow, and ten minutes of fuzzing
-	$(PYTEST) -m slow
-	$(RUN) -m pytest tests/fuzz --hypothesis-profile=long
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/fuzz --hypothesis-profile=long
 
 demo: setup ## train and evaluate on the embedded digits
 	$(RUN) train_net.py --config-file configs/quick/digits_R18.yaml
