@@ -1,4 +1,4 @@
-"""``MODEL.WEIGHTS`` is there."""
+"""``MODEL.WEIGHTS`` is there, and can be read."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from collections.abc import Iterator
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import Detectron2Handler
 
+from retina_plugin.errors import ConfigError
+from retina_plugin.weights import read_checkpoint
 from retina_plugin.weights.downloads import download
+from retina_plugin.weights.fit import check_finite
 
 from .findings import Finding, Severity
 
 __all__ = ["check_weights"]
 
 
-def check_weights(cfg: CfgNode) -> Iterator[Finding]:
-    """``MODEL.WEIGHTS`` is a file, or a URL, which is downloaded to the cache here."""
+def check_weights(cfg: CfgNode, *, read: bool = False) -> Iterator[Finding]:
+    """``MODEL.WEIGHTS`` is a file, or a URL, which is downloaded to the cache here.
+
+    Args:
+        read: also read the file: it is whole, holds weights alone, and all numbers are finite.
+    """
     path = cfg.MODEL.WEIGHTS
     if not path:
         return
@@ -38,3 +45,8 @@ def check_weights(cfg: CfgNode) -> Iterator[Finding]:
         return
     if not os.path.isfile(local):
         yield Finding(Severity.ERROR, "MODEL.WEIGHTS", f"no file {local}")
+    elif read:
+        try:
+            check_finite(read_checkpoint(local)["model"], local)
+        except ConfigError as error:
+            yield Finding(Severity.ERROR, "MODEL.WEIGHTS", str(error))
