@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from retina_plugin.losses.backends import native
+
 RUNNER = Path(__file__).with_name("resume_runner.py")
 TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}  # of the clock
 # Detectron2 reads these keys, but has no defaults for them.
@@ -107,6 +109,7 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory):
+    native.unavailable()  # compiles the kernel now: its file is no moment of a training
     runner = Runner(tmp_path_factory.mktemp("runs"))
     yield runner
     runner.close()
