@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import re
+import stat
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -216,7 +217,7 @@ def _check_image_files(cfg: CfgNode, name: str, files: list[str], test: bool) ->
             continue
         if status.st_size == 0:
             tally.add(empty, file)
-        elif os.path.isdir(file) if status.st_size <= 65536 else False:
+        elif stat.S_ISDIR(status.st_mode):
             tally.add(no_file, file)
     yield from tally.findings(len(files))
 

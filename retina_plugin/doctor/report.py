@@ -94,7 +94,7 @@ class Report:
                     name,
                     f"the check stopped with {type(error).__name__}: {text} ({frame.filename}, "
                     f"line {frame.lineno})",
-                    "mend the code there if it is yours, else report it",
+                    "correct the code there if it is yours, else report it",
                 ),
             )
         self.seconds[name] = time.perf_counter() - start

@@ -26,8 +26,8 @@ _MAX_NAMES = 8  # images in a line
 
 # Words in a cause -> what to do about it.
 _FIXES = {
-    "the pixels": "mend these images, or take them out",
-    "the ground-truth boxes": "mend the annotations of these images",
+    "the pixels": "repair these images, or remove them",
+    "the ground-truth boxes": "correct the annotations of these images",
     "weights": "set a lower SOLVER.BASE_LR, and go on from a checkpoint before the weights grew",
     "": "set a lower SOLVER.BASE_LR, or SOLVER.CLIP_GRADIENTS.ENABLED True",
 }

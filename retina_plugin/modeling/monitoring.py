@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from retina_plugin.losses import DenseLoss, DenseTargets
+
+from .transfer import sum_over_processes
 
 __all__ = ["LOG_PERIOD", "MeanOverPasses", "first_image", "training_scalars"]
 
@@ -49,7 +51,8 @@ def training_scalars(
         (cls_sums.foreground / divisor_N).sum().double(),
         (cls_sums.background / divisor_N).sum().double(),
     ]
-    *positives, num_images, divisors, foreground, background = _sum_over_processes(sums)
+    totals = sum_over_processes(torch.stack(sums)).tolist()
+    *positives, num_images, divisors, foreground, background = totals
     return {
         "num_pos_anchors": sum(positives) / num_images,
         **{f"retinanet/num_pos_{k}": x / num_images for k, x in zip(level_sizes, positives)},
@@ -57,13 +60,6 @@ def training_scalars(
         "retinanet/cls_background": background / comm.get_world_size(),
         "retinanet/normalizer": divisors / num_images,
     }
-
-
-def _sum_over_processes(scalars: Sequence[Tensor]) -> list[float]:
-    stacked = torch.stack(list(scalars))
-    if comm.get_world_size() > 1:
-        torch.distributed.all_reduce(stacked)
-    return stacked.tolist()
 
 
 class MeanOverPasses(EventStorage):

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from retina_plugin.config import KEYS
 from retina_plugin.errors import check_choice
 
+from .transfer import sum_over_processes
+
 __all__ = ["LossNormalizer"]
 
 
@@ -62,15 +64,9 @@ class LossNormalizer(nn.Module):
         if self.mode == "per_gpu":
             divisor = (num_positives_N + 1).sum().float()
         else:
-            divisor = _sum_over_processes(num_positives_N.sum().float()).clamp(min=1)
+            divisor = sum_over_processes(num_positives_N.sum().float()).clamp(min=1)
             divisor = divisor / comm.get_world_size()
             if self.mode == "ema":
                 self.ema.mul_(self.momentum).add_(divisor, alpha=1 - self.momentum)
                 divisor = self.ema.clone()
         return divisor.expand(len(num_positives_N))
-
-
-def _sum_over_processes(x: Tensor) -> Tensor:
-    if comm.get_world_size() > 1:
-        torch.distributed.all_reduce(x)
-    return x

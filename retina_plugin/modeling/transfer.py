@@ -1,4 +1,4 @@
-"""Copies from the host to a GPU that do not synchronise."""
+"""Tensors on their way: copies to a GPU that do not synchronise, sums over the processes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from torch import Tensor
 
-__all__ = ["to_device"]
+__all__ = ["sum_over_processes", "to_device"]
 
 
 def to_device(x: Any, device: torch.device) -> Any:
@@ -36,3 +37,10 @@ def to_device(x: Any, device: torch.device) -> Any:
     if isinstance(x, Tensor) and device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Add up ``x`` in place over all processes, each of which must call this, and return it."""
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(x)
+    return x
