@@ -141,10 +141,24 @@ KEYS: dict[str, Key] = {
     ),
     "MODEL.RETINANET.P6_SOURCE": Key(
         "What P6 is computed from: C5 (`res5`, the paper) or P5 (`p5`, torchvision's first "
-        "RetinaNet). Read by `MODEL.BACKBONE.NAME: build_retina_fpn_backbone`.",
+        "RetinaNet). Read by `MODEL.BACKBONE.NAME: build_retina_fpn_backbone` and "
+        "`build_timm_retina_fpn_backbone`.",
         "res5",
         ("res5", "p5"),
         "4, footnote 2",
+    ),
+    "MODEL.TIMM.NAME": Key(
+        "The model of timm that `MODEL.BACKBONE.NAME: build_timm_retina_fpn_backbone` builds the "
+        "pyramid on, e.g. `resnet18` or `convnext_atto`: one with features of the strides 8, 16 "
+        "and 32. `MODEL.WEIGHTS: timm://NAME` loads its ImageNet weights.",
+        "",
+    ),
+    "MODEL.TIMM.NORM": Key(
+        "What becomes of the batch norms of `MODEL.TIMM.NAME`: `FrozenBN` keeps them as they are "
+        "in `MODEL.WEIGHTS`, `BN` trains them, `SyncBN` also computes their statistics over all "
+        "GPUs. Other norms are trained.",
+        "FrozenBN",
+        ("FrozenBN", "BN", "SyncBN"),
     ),
     "MODEL.CHANNELS_LAST": Key(
         "Images, weights and features in NHWC memory: faster convolutions, above all in 16 bit.",

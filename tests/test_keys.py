@@ -89,6 +89,11 @@ def test_every_key_is_read(tiny_cfg, monkeypatch):
                 set_key(cfg, key, name)
                 use(cfg)
             set_key(cfg, key, default)
+        backbone = cfg.MODEL.BACKBONE.NAME
+        cfg.MODEL.BACKBONE.NAME = "build_timm_retina_fpn_backbone"
+        cfg.MODEL.TIMM.NAME = "resnet18"
+        build_model(cfg)
+        cfg.MODEL.BACKBONE.NAME = backbone
         cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION = True, "bfloat16"
         Trainer.test(cfg, Trainer(cfg).model)
         # what only the command reads, before it starts the processes

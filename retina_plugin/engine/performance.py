@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from retina_plugin.errors import ConfigError
+from retina_plugin.modeling import TimmFeatures
 
 __all__ = [
     "Autocast",
@@ -112,8 +113,8 @@ def prepare_model(
         if compiled and (_stateful_norms(backbone) or _stateful_norms(head)):
             raise ConfigError(
                 "MODEL.COMPILE with MODEL.ACTIVATION_CHECKPOINTING cannot train batch norm: set "
-                "MODEL.RESNETS.NORM FrozenBN or GN (and MODEL.FPN.NORM, MODEL.RETINANET.NORM), or "
-                "one of the two options False"
+                "MODEL.RESNETS.NORM FrozenBN or GN, or MODEL.TIMM.NORM FrozenBN (and MODEL.FPN.NORM, "
+                "MODEL.RETINANET.NORM), or one of the two options False"
             )
         checkpoint_activations(backbone, head)
     if compile_parts:
@@ -132,19 +133,19 @@ def checkpoint_activations(backbone: nn.Module, head: nn.Module) -> None:
     ``torch.utils.checkpoint``.
 
     Checkpointed one by one are every trainable ``CNNBlockBase`` of the backbone (a frozen block
-    keeps nothing anyway) and every ``nn.Sequential`` of the head, once a level. A head without an
-    ``nn.Sequential`` is checkpointed as a whole.
+    keeps nothing anyway), or the blocks of a model of timm, and every ``nn.Sequential`` of the
+    head, once a level. A head without an ``nn.Sequential`` is checkpointed as a whole.
 
     Gradients equal those of the plain model to the bit if its operations are deterministic. The
     recomputation draws the same random numbers. It does not update the running statistics of batch
     norm. ``CycleBatchNormList`` has a norm for each level and a counter of the next one; the
     recomputation starts with the counter's value of the first computation.
     """
-    blocks: list[nn.Module] = [
-        m
-        for m in backbone.modules()
-        if isinstance(m, CNNBlockBase) and any(p.requires_grad for p in m.parameters())
-    ]
+    blocks: list[nn.Module] = [m for m in backbone.modules() if isinstance(m, CNNBlockBase)]
+    bottom_up = getattr(backbone, "bottom_up", None)
+    if isinstance(bottom_up, TimmFeatures):
+        blocks += bottom_up.blocks()
+    blocks = [m for m in blocks if any(p.requires_grad for p in m.parameters())]
     subnets: list[nn.Module] = [m for m in head.children() if isinstance(m, nn.Sequential)]
     for module in blocks + (subnets or [head]):
         # Replaced on the instance, because a wrapping module would rename the parameters.

@@ -8,6 +8,7 @@ from .labeling import AnchorLabeler
 from .matcher import AnchorMatcher
 from .normalizer import LossNormalizer
 from .sampling import ANCHOR_SAMPLER_REGISTRY, OHEM, AllAnchors
+from .timm_backbone import TimmFeatures, build_timm_retina_fpn_backbone
 
 __all__ = [
     "ANCHOR_SAMPLER_REGISTRY",
@@ -26,6 +27,8 @@ __all__ = [
     "RetinaHead",
     "Sample",
     "Sampler",
+    "TimmFeatures",
     "build_retina_fpn_backbone",
+    "build_timm_retina_fpn_backbone",
     "prior_bias",
 ]

@@ -2,5 +2,6 @@
 
 from .checkpointer import Checkpointer
 from .reading import read_checkpoint
+from .timm_weights import TimmHandler  # registers timm://
 
-__all__ = ["Checkpointer", "read_checkpoint"]
+__all__ = ["Checkpointer", "TimmHandler", "read_checkpoint"]

@@ -7,15 +7,16 @@ import json
 import logging
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from detectron2.utils.file_io import PathManager
 
-from retina_plugin.cache import Fingerprint, only_writer
+from retina_plugin.cache import Fingerprint, atomic_write, only_writer
 
 from .torch_files import OLD_FORMAT
 
-__all__ = ["download"]
+__all__ = ["converted_file", "download"]
 
 logger = logging.getLogger("retina_plugin")
 
@@ -41,6 +42,25 @@ def download(path: str) -> str:
             local = PathManager.get_local_path(path)
             _fingerprint_of(Path(local)).write_text(json.dumps(Fingerprint.of(local)))
     return local
+
+
+def converted_file(file: Path, write: Callable[[Path], None]) -> Path:
+    """A file of the cache that is made from a download; made if it is missing or damaged.
+
+    Args:
+        write: writes it to a path.
+
+    Raises:
+        Exception: what ``write`` raises. Then there is no file.
+    """
+    with only_writer(file.parent):
+        if not (_fingerprint_of(file).exists() and file.exists() and _is_intact(file)):
+            if file.exists():
+                logger.warning("%s is damaged: making it again", file)
+            with atomic_write(file) as temporary:
+                write(temporary)
+            _fingerprint_of(file).write_text(json.dumps(Fingerprint.of(file)))
+    return file
 
 
 def _is_intact(file: Path) -> bool:
