@@ -113,7 +113,7 @@ def prepare_model(
         if compiled and (_stateful_norms(backbone) or _stateful_norms(head)):
             raise ConfigError(
                 "MODEL.COMPILE with MODEL.ACTIVATION_CHECKPOINTING cannot train batch norm: set "
-                "MODEL.RESNETS.NORM FrozenBN or GN, or MODEL.TIMM.NORM FrozenBN (and MODEL.FPN.NORM, "
+                "MODEL.RESNETS.NORM FrozenBN or GN, MODEL.TIMM.NORM FrozenBN (and MODEL.FPN.NORM, "
                 "MODEL.RETINANET.NORM), or one of the two options False"
             )
         checkpoint_activations(backbone, head)

@@ -340,7 +340,7 @@ def test_compiled_and_checkpointed_batch_norm_raises(detector):
         detector(norm="BN", compile_parts=True, activation_checkpointing=True)
     assert str(error.value) == (
         "MODEL.COMPILE with MODEL.ACTIVATION_CHECKPOINTING cannot train batch norm: set "
-        "MODEL.RESNETS.NORM FrozenBN or GN, or MODEL.TIMM.NORM FrozenBN (and MODEL.FPN.NORM, "
+        "MODEL.RESNETS.NORM FrozenBN or GN, MODEL.TIMM.NORM FrozenBN (and MODEL.FPN.NORM, "
         "MODEL.RETINANET.NORM), or one of the two options False"
     )
 
