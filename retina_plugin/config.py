@@ -146,6 +146,12 @@ KEYS: dict[str, Key] = {
         ("res5", "p5"),
         "4, footnote 2",
     ),
+    "MODEL.RETINANET.RELU_BEFORE_P7": Key(
+        "Whether P7 is computed from ReLU(P6) (the paper), or from P6 (False, MMDetection). Read by "
+        "`MODEL.BACKBONE.NAME: build_retina_fpn_backbone`.",
+        True,
+        section="4, footnote 2",
+    ),
     "MODEL.CHANNELS_LAST": Key(
         "Images, weights and features in NHWC memory: faster convolutions, above all in 16 bit.",
         False,

@@ -1,0 +1,1 @@
+"""Converting the weights of other programs' RetinaNets."""
