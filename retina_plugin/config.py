@@ -45,7 +45,8 @@ class Key:
 
 
 # The keys that the plugin adds. The defaults of MODEL.RETINANET are Detectron2's behaviour, so that
-# changing only META_ARCHITECTURE keeps a user's results. configs/ sets the paper's protocol.
+# changing only META_ARCHITECTURE keeps a user's results (BOXES_OUTSIDE_TEST may add detections at
+# the end). configs/ sets the paper's protocol.
 KEYS: dict[str, Key] = {
     "IMPORTS": Key(
         "Your Python files (`my_loss.py`, seen from the working directory) or modules "
@@ -159,6 +160,21 @@ KEYS: dict[str, Key] = {
         "GPUs. Other norms are trained.",
         "FrozenBN",
         ("FrozenBN", "BN", "SyncBN"),
+    ),
+    "MODEL.RETINANET.RELU_BEFORE_P7": Key(
+        "Whether P7 is computed from ReLU(P6) (the paper), or from P6 (False, MMDetection). Read by "
+        "`MODEL.BACKBONE.NAME: build_retina_fpn_backbone` and `build_timm_retina_fpn_backbone`.",
+        True,
+        section="4, footnote 2",
+    ),
+    "MODEL.RETINANET.BOXES_OUTSIDE_TEST": Key(
+        "Boxes outside the image, most of them in the padding of an image in a batch. `drop`: they "
+        "take no place of another detection, so that an image has the same candidates in every "
+        "batch. `keep`: they do, and are removed afterwards (Detectron2; the detections are the "
+        "first ones of `drop`). `clip`: they are moved to the border before NMS and stay, without "
+        "area (torchvision).",
+        "drop",
+        ("drop", "keep", "clip"),
     ),
     "MODEL.CHANNELS_LAST": Key(
         "Images, weights and features in NHWC memory: faster convolutions, above all in 16 bit.",

@@ -41,7 +41,7 @@ def check_config(cfg: CfgNode, eval_only: bool = False) -> Iterator[Finding]:
     checks: list[tuple[Callable[[CfgNode], Iterator[Finding]], bool]] = [
         (_check_pixels, False),
         (_check_anchors, False),
-        (_check_p6_source, False),
+        (_check_top_levels, False),
         (_check_schedule, True),
         (_check_iou_labels, True),
         (_check_training_sizes, True),
@@ -103,12 +103,18 @@ def _check_anchors(cfg: CfgNode) -> Iterator[Finding]:
             )
 
 
-def _check_p6_source(cfg: CfgNode) -> Iterator[Finding]:
+def _check_top_levels(cfg: CfgNode) -> Iterator[Finding]:
     source, builder = cfg.MODEL.RETINANET.P6_SOURCE, cfg.MODEL.BACKBONE.NAME
     if source != "res5" and builder == "build_retinanet_resnet_fpn_backbone":
         yield _error(
             "MODEL.RETINANET.P6_SOURCE",
             f"{source} is not read by MODEL.BACKBONE.NAME {builder}",
+            "set MODEL.BACKBONE.NAME build_retina_fpn_backbone",
+        )
+    if not cfg.MODEL.RETINANET.RELU_BEFORE_P7 and builder == "build_retinanet_resnet_fpn_backbone":
+        yield _error(
+            "MODEL.RETINANET.RELU_BEFORE_P7",
+            f"False is not read by MODEL.BACKBONE.NAME {builder}",
             "set MODEL.BACKBONE.NAME build_retina_fpn_backbone",
         )
 

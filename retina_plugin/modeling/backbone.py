@@ -5,12 +5,10 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.backbone import FPN, build_resnet_backbone
-from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 
-from retina_plugin.config import KEYS
-from retina_plugin.errors import check_choice
+from .pyramid import build_pyramid, p6_source
 
 __all__ = ["build_retina_fpn_backbone"]
 
@@ -23,29 +21,19 @@ def build_retina_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """ResNet-18/34/50/101/152 or ResNeXt (``MODEL.RESNETS``) and an FPN with levels P3 to P7.
 
     P6 is a 3x3 stride-2 conv on C5 (``P6_SOURCE: res5``, the paper) or on P5 (``p5``, torchvision's
-    first RetinaNet); P7 is a 3x3 stride-2 conv on ReLU(P6). With ``res5`` the parameters are those
-    of Detectron2's ``build_retinanet_resnet_fpn_backbone``, so its weights load.
+    first RetinaNet); P7 is a 3x3 stride-2 conv on ReLU(P6), or on P6 (``RELU_BEFORE_P7: False``,
+    MMDetection). With ``res5`` the parameters are those of Detectron2's
+    ``build_retinanet_resnet_fpn_backbone``, so its weights load.
 
     Raises:
         ConfigError: an unknown ``P6_SOURCE``.
     """
-    source = cfg.MODEL.RETINANET.P6_SOURCE
-    key = "MODEL.RETINANET.P6_SOURCE"
-    check_choice(key, source, KEYS[key].choices)
+    p6_source(cfg)  # an unknown one raises before the backbone is built
     if cfg.MODEL.RESNETS.DEPTH in _BASIC_BLOCKS:
         bottom_up = _build_basic_resnet(cfg, input_shape)
     else:
         bottom_up = build_resnet_backbone(cfg, input_shape)
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    p6_channels = bottom_up.output_shape()["res5"].channels if source == "res5" else channels
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=channels,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelP6P7(p6_channels, channels, in_feature=source),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    return build_pyramid(cfg, bottom_up)
 
 
 def _build_basic_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:

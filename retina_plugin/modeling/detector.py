@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, build_anchor_generator
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from .box_regression import BoxTransform, box_loss_sums
 from .classification import cls_loss_sums
 from .contracts import BoxCoder, Inference, Labeler, Sampler
 from .head import RETINANET_HEAD_REGISTRY
-from .inference import DenseInference
+from .inference import DenseInference, rescale_detections
 from .labeling import AnchorLabeler
 from .matcher import AnchorMatcher
 from .monitoring import LOG_PERIOD, first_image, training_scalars
@@ -56,7 +57,8 @@ class FocalRetinaNet(DenseDetector):
         cls_loss: elementwise classification loss.
         box_loss: box loss of the positive anchors.
         normalizer: numbers of positive anchors (N,) -> divisors of both losses (N,).
-        inference: anchors and head output -> detections.
+        inference: anchors and head output -> detections in the network's frame.
+        postprocess: (detections, height, width) -> detections in an image of that size.
         box2box_transform: encodes boxes as deltas and decodes them.
         num_classes: K.
         loss_backend, loss_in_place: see ``dense_classification_loss``.
@@ -96,6 +98,7 @@ class FocalRetinaNet(DenseDetector):
         num_classes: int,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        postprocess: Callable[[Instances, int, int], Instances] = detector_postprocess,
         loss_backend: str = "auto",
         loss_in_place: bool = False,
         vis_period: int = 0,
@@ -111,6 +114,7 @@ class FocalRetinaNet(DenseDetector):
         self.box_loss = box_loss
         self.normalizer = normalizer
         self.inference = inference
+        self.postprocess = postprocess
         self.box2box_transform = box2box_transform
         self.num_classes = num_classes
         # Only that the name is known: inference needs no loss, so the backend may be missing here.
@@ -148,12 +152,19 @@ class FocalRetinaNet(DenseDetector):
             "box_loss": BOX_LOSS_REGISTRY.build(cfg),
             "normalizer": LossNormalizer(retinanet.NORMALIZER),
             "inference": DenseInference(
+                boxes_outside=retinanet.BOXES_OUTSIDE_TEST,
+                **_padding(backbone, [shape.stride for shape in head_shapes]),
                 num_classes=retinanet.NUM_CLASSES,
                 box2box_transform=box_coder,
                 score_thresh=retinanet.SCORE_THRESH_TEST,
                 topk_candidates=retinanet.TOPK_CANDIDATES_TEST,
                 nms_thresh=retinanet.NMS_THRESH_TEST,
                 max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+            ),
+            "postprocess": (
+                rescale_detections
+                if retinanet.BOXES_OUTSIDE_TEST == "clip"
+                else detector_postprocess
             ),
             "box2box_transform": box_coder,
             "num_classes": retinanet.NUM_CLASSES,
@@ -177,7 +188,7 @@ class FocalRetinaNet(DenseDetector):
         """
         inputs = [{**x, "image": to_device(x["image"], self.device)} for x in batched_inputs]
         if not self.training:
-            return super().forward(inputs)
+            return self._detect(inputs)
         if not all("instances" in x for x in inputs):
             raise ConfigError(
                 "a training image has no 'instances': give it a mapper made for training "
@@ -188,6 +199,21 @@ class FocalRetinaNet(DenseDetector):
         features = [features[name] for name in self.head_in_features]
         gt_instances = to_device([x["instances"] for x in inputs], self.device)
         return self.forward_training(images, features, self.head(features), gt_instances)
+
+    def _detect(self, inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Instances]]:
+        """``DenseDetector.forward`` in inference, with a ``postprocess`` of one's own."""
+        images = self.preprocess_image(inputs)
+        features = self.backbone(images.tensor)
+        features = [features[name] for name in self.head_in_features]
+        found = self.forward_inference(images, features, self.head(features))
+        return [
+            {
+                "instances": self.postprocess(
+                    detections, x.get("height", height), x.get("width", width)
+                )
+            }
+            for detections, x, (height, width) in zip(found, inputs, images.image_sizes)
+        ]
 
     def forward_training(
         self,
@@ -244,3 +270,15 @@ class FocalRetinaNet(DenseDetector):
         """Detections of each image in the network's frame; the caller rescales and clips them."""
         logits, deltas = predictions
         return self.inference(self.anchor_generator(features), logits, deltas, images.image_sizes)
+
+
+def _padding(backbone: Backbone, strides: Sequence[int]) -> dict[str, Any]:
+    """What ``DenseInference`` has to know of how a backbone's images are padded.
+
+    A backbone that pads every image to the same square has no other sizes in a batch.
+    """
+    constraints = backbone.padding_constraints
+    if constraints.get("square_size", 0) > 0:
+        return {}
+    divisibility = constraints.get("size_divisibility", backbone.size_divisibility)
+    return {"strides": strides, "size_divisibility": divisibility}

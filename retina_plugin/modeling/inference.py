@@ -11,18 +11,34 @@ from detectron2.layers import batched_nms  # NMS by class, in float32
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from retina_plugin.config import KEYS
+from retina_plugin.errors import check_choice
+
 from .contracts import BoxCoder
 
-__all__ = ["DenseInference"]
+__all__ = ["DenseInference", "rescale_detections"]
+
+_BOXES_OUTSIDE = "MODEL.RETINANET.BOXES_OUTSIDE_TEST"
 
 
 class DenseInference:
     """Score threshold and top-k on each level, decoding, then NMS by class over all levels.
 
-    Detections and their order equal those of Detectron2's ``RetinaNet`` with the same settings.
-    Only the order of equal scores may differ: here the first anchor comes first, there ``topk``
-    decides. The raw logits are compared with the logit of the threshold, so nothing is permuted,
-    and the sigmoid is computed for the candidates only.
+    With ``boxes_outside="keep"`` detections and their order equal those of Detectron2's
+    ``RetinaNet`` with the same settings. Only the order of equal scores may differ: here the first
+    anchor comes first, there ``topk`` decides. The raw logits are compared with the logit of the
+    threshold, so nothing is permuted, and the sigmoid is computed for the candidates only.
+
+    The smaller images of a batch are padded to the size of the others, and the network detects in
+    the padding too. There are three ways to treat boxes outside an image:
+
+    - "keep": Detectron2's. They take the places of others among the ``topk_candidates`` and the
+      ``max_detections``, and ``detector_postprocess`` removes them afterwards.
+    - "drop": locations that an image alone would not have give no candidates, and of the boxes that
+      pass the NMS those outside the image do not count. So an image of a batch has the candidates
+      of the image alone, whose detections are Detectron2's and then those that boxes outside kept
+      out.
+    - "clip": torchvision's. Boxes are clipped before the NMS, and those outside stay, without area.
 
     Args:
         num_classes: K.
@@ -31,6 +47,13 @@ class DenseInference:
         topk_candidates: predictions of a level that are decoded (1000).
         nms_thresh: IoU above which NMS drops the lower-scored of two boxes of a class (.5).
         max_detections: most detections of an image (100, COCO's limit).
+        boxes_outside: "keep", "drop" or "clip", see above.
+        strides: of each level in pixels, for "drop". Without them all locations give candidates,
+            which is right where an image alone is padded as in any batch.
+        size_divisibility: the sides of an image alone are padded to multiples of it (pixels).
+
+    Raises:
+        ConfigError: an unknown ``boxes_outside``.
     """
 
     def __init__(
@@ -42,7 +65,11 @@ class DenseInference:
         topk_candidates: int = 1000,
         nms_thresh: float = 0.5,
         max_detections: int = 100,
+        boxes_outside: str = "keep",
+        strides: Sequence[int] = (),
+        size_divisibility: int = 0,
     ) -> None:
+        check_choice(_BOXES_OUTSIDE, boxes_outside, KEYS[_BOXES_OUTSIDE].choices)
         self.num_classes = num_classes
         self.box2box_transform = box2box_transform
         self.score_thresh = score_thresh
@@ -50,6 +77,9 @@ class DenseInference:
         self.topk_candidates = topk_candidates
         self.nms_thresh = nms_thresh
         self.max_detections = max_detections
+        self.boxes_outside = boxes_outside
+        self.strides = tuple(strides)
+        self.size_divisibility = max(1, size_divisibility)
 
     @torch.no_grad()
     def __call__(
@@ -67,8 +97,8 @@ class DenseInference:
             image_sizes: N pairs (height, width) in pixels, without padding.
 
         Returns:
-            N Instances with ``pred_boxes`` (XYXY in pixels of the network's input, not clipped),
-            ``scores`` (probabilities, decreasing) and ``pred_classes``.
+            N Instances with ``pred_boxes`` (XYXY in pixels of the network's input; clipped to the
+            image with "clip" only), ``scores`` (probabilities, decreasing) and ``pred_classes``.
         """
         return [
             self._detect(
@@ -87,13 +117,20 @@ class DenseInference:
         deltas: Sequence[Tensor],
         image_size: tuple[int, int],
     ) -> Instances:
-        levels = [self._candidates(*level) for level in zip(anchors, logits, deltas)]
+        sizes = self._level_sizes(image_size, logits)
+        levels = [self._candidates(*level) for level in zip(anchors, logits, deltas, sizes)]
         boxes, scores, classes = (torch.cat(parts) for parts in zip(*levels))
         # A delta of NaN or inf is no detection. It would also end the postprocessing with an
         # error, and hide other boxes from the NMS, which moves classes apart by the largest one.
         finite = boxes.isfinite().all(dim=1)
         boxes, scores, classes = boxes[finite], scores[finite], classes[finite]
-        keep = batched_nms(boxes, scores, classes, self.nms_thresh)[: self.max_detections]
+        if self.boxes_outside == "clip":
+            boxes = _clip(boxes, image_size)
+        keep = batched_nms(boxes, scores, classes, self.nms_thresh)
+        if self.boxes_outside == "drop":
+            x1, y1, x2, y2 = _clip(boxes[keep], image_size).unbind(1)
+            keep = keep[(x1 < x2) & (y1 < y2)]
+        keep = keep[: self.max_detections]
         return Instances(
             image_size,
             pred_boxes=Boxes(boxes[keep]),
@@ -101,15 +138,29 @@ class DenseInference:
             pred_classes=classes[keep],
         )
 
+    def _level_sizes(
+        self, image_size: tuple[int, int], logits: Sequence[Tensor]
+    ) -> list[tuple[int, int]]:
+        """Rows and columns of each level that give candidates."""
+        if self.boxes_outside != "drop" or not self.strides:
+            return [(x.shape[1], x.shape[2]) for x in logits]
+        height, width = (
+            -(-side // self.size_divisibility) * self.size_divisibility for side in image_size
+        )
+        return [(-(-height // stride), -(-width // stride)) for stride in self.strides]
+
     def _candidates(
-        self, anchors_R4: Tensor, logits: Tensor, deltas: Tensor
+        self, anchors_R4: Tensor, logits: Tensor, deltas: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes, scores and classes of one level above the threshold, the ``topk_candidates`` best.
 
         Args:
             logits, deltas: (A*K, H, W) and (A*4, H, W) of one image.
+            size: only the first rows and columns give candidates.
         """
-        channel, row, column = _select_candidates(logits, self._logit_thresh, self.topk_candidates)
+        channel, row, column = _select_candidates(
+            logits[:, : size[0], : size[1]], self._logit_thresh, self.topk_candidates
+        )
         scores = _sigmoid(logits[channel, row, column].float())  # float32, as in the NMS
         A, W, K = len(logits) // self.num_classes, logits.shape[2], self.num_classes
         location = row * W + column
@@ -128,6 +179,30 @@ class DenseInference:
         deltas_S4 = deltas.unflatten(0, (A, 4))[a, :, location // W, location % W]
         boxes = self.box2box_transform.apply_deltas(deltas_S4, anchors_R4[anchor])
         return boxes, scores[order], class_
+
+
+def rescale_detections(detections: Instances, height: int, width: int) -> Instances:
+    """Detections in an image of another size; nothing is clipped or removed, as in torchvision.
+
+    Detectron2's ``detector_postprocess`` clips the boxes again and removes those without area.
+
+    Args:
+        detections: ``pred_boxes`` XYXY in pixels of an image of ``detections.image_size``.
+        height, width: of the image that the new boxes are in (pixels).
+    """
+    old_height, old_width = detections.image_size
+    boxes = detections.pred_boxes.clone()
+    boxes.scale(width / old_width, height / old_height)
+    return Instances((height, width), **{**detections.get_fields(), "pred_boxes": boxes})
+
+
+def _clip(boxes_S4: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """The part of each box inside an image (height, width); without area if it lies outside."""
+    height, width = image_size
+    x1, y1, x2, y2 = boxes_S4.unbind(1)
+    return torch.stack(
+        (x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)), dim=1
+    )
 
 
 def _sigmoid(x: Tensor) -> Tensor:

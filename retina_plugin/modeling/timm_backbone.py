@@ -9,13 +9,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.backbone import FPN
-from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import Tensor, nn
 
 from retina_plugin.config import KEYS
 from retina_plugin.errors import ConfigError, check_choice
 
+from .pyramid import build_pyramid, p6_source
 from .timm_models import create_features, feature_index, feature_strides, image_size
 
 __all__ = ["TimmFeatures", "build_timm_retina_fpn_backbone"]
@@ -34,7 +33,7 @@ def build_timm_retina_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Back
     """The model ``MODEL.TIMM.NAME`` of timm and an FPN with levels P3 to P7.
 
     ``res3``, ``res4`` and ``res5`` of ``MODEL.FPN.IN_FEATURES`` are its features of the strides 8,
-    16 and 32. ``P6_SOURCE`` and the FPN's keys mean what they mean for
+    16 and 32. ``P6_SOURCE``, ``RELU_BEFORE_P7`` and the FPN's keys mean what they mean for
     :func:`~retina_plugin.modeling.backbone.build_retina_fpn_backbone`. Weights are random:
     ``MODEL.WEIGHTS: timm://NAME`` loads timm's. Needs the extra ``timm``.
 
@@ -43,9 +42,7 @@ def build_timm_retina_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Back
             strides, or takes images of one size only; ``MODEL.BACKBONE.FREEZE_AT`` names a stride
             that it does not have.
     """
-    source = cfg.MODEL.RETINANET.P6_SOURCE
-    key = "MODEL.RETINANET.P6_SOURCE"
-    check_choice(key, source, KEYS[key].choices)
+    source = p6_source(cfg)
     in_features = list(cfg.MODEL.FPN.IN_FEATURES)
     if not in_features:
         raise ConfigError(f'{_IN_FEATURES}: is empty: set it to ["res3", "res4", "res5"]')
@@ -58,16 +55,7 @@ def build_timm_retina_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Back
         norm=cfg.MODEL.TIMM.NORM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    p6_channels = channels if source == "p5" else bottom_up.output_shape()[source].channels
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=in_features,
-        out_channels=channels,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelP6P7(p6_channels, channels, in_feature=source),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    return build_pyramid(cfg, bottom_up)
 
 
 class TimmFeatures(Backbone):

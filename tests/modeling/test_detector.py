@@ -166,14 +166,27 @@ def test_moving_average_is_detectron2s(pair):
     )
 
 
+def with_boxes_outside(model, treatment):
+    """The same model with another ``BOXES_OUTSIDE_TEST``."""
+    cfg = detectron2_cfg("FocalRetinaNet")
+    cfg.MODEL.RETINANET.BOXES_OUTSIDE_TEST = treatment
+    other = build_model(cfg).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
 def test_detections_are_detectron2s(pair):
-    """Boxes, scores, classes and order, with another output size than the network's."""
+    """Boxes, scores, classes and order, with another output size than the network's.
+
+    In a batch of different sizes, with ``BOXES_OUTSIDE_TEST: keep``.
+    """
+    models = (with_boxes_outside(pair[0], "keep"), pair[1])
     batch = [
         {"image": image(8), "height": 192, "width": 256},
         {"image": image(9, 70, 111), "height": 70, "width": 111},
     ]
     outputs = []
-    for model in pair:
+    for model in models:
         model.eval()
         with torch.no_grad():
             outputs.append(model(copy.deepcopy(batch)))
@@ -186,11 +199,57 @@ def test_detections_are_detectron2s(pair):
         assert ours.image_size == theirs.image_size
 
 
+def detect(model, batch):
+    with torch.no_grad():
+        return [x["instances"] for x in model.eval()(copy.deepcopy(batch))]
+
+
+def test_detections_of_an_image_begin_with_detectron2s(pair):
+    """By default, of an image alone; the boxes of Detectron2 outside the image are replaced."""
+    batch = [{"image": image(9, 70, 111), "height": 140, "width": 222}]
+    (ours,), (theirs,) = (detect(model, batch) for model in pair)
+    assert len(theirs) < len(ours) == 100
+    assert torch.equal(ours.pred_boxes.tensor[: len(theirs)], theirs.pred_boxes.tensor)
+    assert torch.equal(ours.scores[: len(theirs)], theirs.scores)
+    assert torch.equal(ours.pred_classes[: len(theirs)], theirs.pred_classes)
+
+
+def test_a_small_image_keeps_its_detections_in_a_batch(pair):
+    """As many as alone. (Not the same ones: the convs see the padding, so the features differ.)"""
+    drop, keep = (with_boxes_outside(pair[0], treatment) for treatment in ("drop", "keep"))
+    small = {"image": image(1, 100, 90)}  # padded to 128 x 96 alone
+    batch = [small, {"image": image(2, 224, 320)}]
+
+    def be_confident_in_the_padding(head, inputs, output):
+        for x, stride in zip(output[0], (8, 16, 32, 64, 128)):
+            if len(x) == 2:
+                x[0, :, -(-128 // stride) :] += 8
+                x[0, :, :, -(-96 // stride) :] += 8
+
+    for model in (drop, keep):
+        model.head.register_forward_hook(be_confident_in_the_padding)
+    (alone,), (got, _), (kept, _) = detect(drop, [small]), detect(drop, batch), detect(keep, batch)
+    assert len(got) == len(alone) == 100
+    assert len(kept) < 50
+
+
+def test_clipped_boxes_without_area_survive_the_postprocessing(pair):
+    """As in torchvision; the other treatments give boxes with an area only."""
+    batch = [{"image": image(9, 70, 111), "height": 140, "width": 222}, {"image": image(2)}]
+    for treatment, has_empty in (("clip", True), ("drop", False), ("keep", False)):
+        (got, _) = detect(with_boxes_outside(pair[0], treatment), batch)
+        assert got.image_size == (140, 222)
+        assert bool((got.pred_boxes.area() == 0).any()) == has_empty
+        box = got.pred_boxes.tensor
+        assert (box >= 0).all() and (box <= torch.tensor([222, 140, 222, 140])).all()
+        assert (box[:, 2] > 111).any()  # in the frame of the output
+
+
 def test_keys_of_inference_have_an_effect(pair):
     ours = pair[0].eval()
     batch = [{"image": image(8)}]
 
-    def detect(**changes):
+    def detect_with(**changes):
         inference = copy.copy(ours.inference)
         vars(inference).update(changes)
         original, ours.inference = ours.inference, inference
@@ -199,12 +258,12 @@ def test_keys_of_inference_have_an_effect(pair):
         ours.inference = original
         return result
 
-    all_of_them = detect(max_detections=10_000)
-    assert len(detect(max_detections=7)) == 7
-    assert (detect(score_thresh=0.9).scores > 0.9).all()
-    assert len(detect(score_thresh=1.0)) == 0
-    assert len(detect(topk_candidates=3, max_detections=10_000)) <= 3 * 5
-    assert len(detect(nms_thresh=1.0, max_detections=10_000)) > len(all_of_them)
+    all_of_them = detect_with(max_detections=10_000)
+    assert len(detect_with(max_detections=7)) == 7
+    assert (detect_with(score_thresh=0.9).scores > 0.9).all()
+    assert len(detect_with(score_thresh=1.0)) == 0
+    assert len(detect_with(topk_candidates=3, max_detections=10_000)) <= 3 * 5
+    assert len(detect_with(nms_thresh=1.0, max_detections=10_000)) > len(all_of_them)
 
 
 def test_box_loss_without_objects_is_zero_and_has_a_gradient(pair):

@@ -1,33 +1,47 @@
-"""Candidates, order and edges of inference, against Detectron2's RetinaNet without its network."""
+"""Candidates, order and edges of inference, against Detectron2's RetinaNet without its network.
+
+Boxes outside the image: against torchvision's, too.
+"""
 
 import pytest
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.structures import ImageList
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, ImageList
+from torchvision.models.detection import _utils as torchvision_utils
+from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
+from torchvision.models.detection.transform import resize_boxes
 
-from retina_plugin.modeling.inference import DenseInference
+from retina_plugin.errors import ConfigError
+from retina_plugin.modeling.inference import DenseInference, rescale_detections
 
 K, A, SIZE = 8, 4, (96, 160)
 # Each level has a multiple of 64 entries, so torch computes all sigmoids in full vectors. The rest
 # behind the last full vector could differ from our sigmoids in the last bit.
 LEVELS = [(12, 20), (6, 10), (4, 8)]
+STRIDES = (8, 16, 32)
 TRANSFORM = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
+
+
+def anchors_of(levels):
+    generator = DefaultAnchorGenerator(
+        sizes=[[16], [32], [64]], aspect_ratios=[[0.5, 0.8, 1.25, 2.0]], strides=STRIDES
+    )
+    return generator([torch.empty(1, 1, h, w) for h, w in levels])
 
 
 @pytest.fixture(scope="module")
 def anchors():
-    generator = DefaultAnchorGenerator(
-        sizes=[[16], [32], [64]], aspect_ratios=[[0.5, 0.8, 1.25, 2.0]], strides=[8, 16, 32]
-    )
-    return generator([torch.empty(1, 1, h, w) for h, w in LEVELS])
+    return anchors_of(LEVELS)
 
 
-def head_output(mean, num_images=2, dtype=torch.float32, channels_last=False):
+def head_output(mean, num_images=2, dtype=torch.float32, channels_last=False, spread=0.2):
     torch.manual_seed(0)
     logits = [torch.randn(num_images, A * K, h, w) * 2 + mean for h, w in LEVELS]
-    deltas = [torch.randn(num_images, A * 4, h, w) * 0.2 for h, w in LEVELS]
+    deltas = [torch.randn(num_images, A * 4, h, w) * spread for h, w in LEVELS]
     if channels_last:
         logits, deltas = (
             [x.contiguous(memory_format=torch.channels_last) for x in levels]
@@ -48,9 +62,15 @@ def detectron2(anchors, logits, deltas, **settings):
     return model.forward_inference(images, [], [[x.clone() for x in logits], deltas])
 
 
-def ours(anchors, logits, deltas, **settings):
+def ours(anchors, logits, deltas, size=SIZE, **settings):
     inference = DenseInference(num_classes=K, box2box_transform=TRANSFORM, **settings)
-    return inference(anchors, logits, deltas, [SIZE] * len(logits[0]))
+    return inference(anchors, logits, deltas, [size] * len(logits[0]))
+
+
+def assert_equal(got, expected):
+    assert torch.equal(got.scores, expected.scores)
+    assert torch.equal(got.pred_classes, expected.pred_classes)
+    assert torch.equal(got.pred_boxes.tensor, expected.pred_boxes.tensor)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -64,9 +84,7 @@ def test_detections_are_detectron2s_to_the_bit(anchors, mean, score_thresh, topk
     for got, expected in zip(
         ours(anchors, *output, **settings), detectron2(anchors, *output, **settings)
     ):
-        assert torch.equal(got.scores, expected.scores)
-        assert torch.equal(got.pred_classes, expected.pred_classes)
-        assert torch.equal(got.pred_boxes.tensor, expected.pred_boxes.tensor)
+        assert_equal(got, expected)
 
 
 def test_nothing_above_the_threshold(anchors):
@@ -147,3 +165,99 @@ def test_head_output_is_not_modified(anchors):
     before = [x.clone() for x in logits + deltas]
     ours(anchors, logits, deltas)
     assert all(torch.equal(x, y) for x, y in zip(logits + deltas, before))
+
+
+def test_unknown_treatment_of_boxes_outside_raises():
+    with pytest.raises(ConfigError, match="BOXES_OUTSIDE_TEST: unknown 'x'; known: drop, keep"):
+        DenseInference(num_classes=K, box2box_transform=TRANSFORM, boxes_outside="x")
+
+
+def test_dropped_boxes_outside_give_their_places_to_others(anchors):
+    """Detectron2's detections come first; then those that boxes outside had kept out."""
+    output = head_output(-3.0, spread=2.0)
+    for got, kept in zip(
+        ours(anchors, *output, boxes_outside="drop"), detectron2(anchors, *output)
+    ):
+        got, expected = detector_postprocess(got, *SIZE), detector_postprocess(kept, *SIZE)
+        assert len(expected) < len(kept) == len(got) == 100  # the last are in the image, too
+        assert_equal(got[: len(expected)], expected)
+
+
+ALONE = (58, 75)  # padded to 64 x 96
+LEVELS_ALONE = [(8, 12), (4, 6), (2, 3)]
+
+
+def padded_output(seed, channels_last):
+    """Head output of an image alone, and in the corner of a batch's with confident padding."""
+    generator = torch.Generator().manual_seed(seed)
+    alone, batch = [], []
+    # logits and deltas; the boxes of the padding lie right and below of it
+    away = torch.tensor([4.0, 4.0, -1.0, -1.0]).repeat(A)[:, None, None]
+    for channels, mean, spread, padding in ((A * K, -2, 1, 4), (A * 4, 0, 0.3, away)):
+        shapes = [(1, channels, *level) for level in LEVELS_ALONE]
+        own = [torch.randn(shape, generator=generator) * spread + mean for shape in shapes]
+        shapes = [(1, channels, *level) for level in LEVELS]
+        whole = [torch.randn(shape, generator=generator) * 0.1 + padding for shape in shapes]
+        for x, part in zip(whole, own):
+            x[:, :, : part.shape[2], : part.shape[3]] = part
+        if channels_last:
+            whole = [x.contiguous(memory_format=torch.channels_last) for x in whole]
+        alone.append(own)
+        batch.append(whole)
+    return alone, batch
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("topk, most", [(1, 100), (40, 100), (1000, 100), (1000, 10**6)])
+def test_padding_of_a_batch_changes_no_detection(anchors, topk, most, channels_last):
+    """However confident the head is there, and whichever limit is reached."""
+    settings = {"topk_candidates": topk, "max_detections": most, "size": ALONE}
+    alone, batch = padded_output(0, channels_last)
+    own = anchors_of(LEVELS_ALONE)
+    drop = {"boxes_outside": "drop", "strides": STRIDES, "size_divisibility": 32, **settings}
+    (expected,), (got,) = ours(own, *alone, **drop), ours(anchors, *batch, **drop)
+    assert len(expected) > 1
+    assert_equal(got, expected)
+    # Detectron2's, of which few or none are left
+    (kept,), (kept_alone,) = ours(anchors, *batch, **settings), ours(own, *alone, **settings)
+    left, left_alone = (len(detector_postprocess(x, *ALONE)) for x in (kept, kept_alone))
+    assert left < left_alone <= len(expected)
+
+
+def torchvision(anchors, logits, deltas, size):
+    """torchvision's model without its network; boxes rescaled to twice the size."""
+    model = TorchvisionRetinaNet.__new__(TorchvisionRetinaNet)
+    torch.nn.Module.__init__(model)
+    model.score_thresh, model.nms_thresh = 0.05, 0.5
+    model.topk_candidates, model.detections_per_img = 1000, 100
+    model.box_coder = torchvision_utils.BoxCoder((1.0, 1.0, 1.0, 1.0))
+    outputs = {
+        "cls_logits": [permute_to_N_HWA_K(x, K) for x in logits],
+        "bbox_regression": [permute_to_N_HWA_K(x, 4) for x in deltas],
+    }
+    boxes = [[a.tensor for a in anchors]] * len(logits[0])
+    return model.postprocess_detections(outputs, boxes, [size] * len(logits[0]))
+
+
+@pytest.mark.parametrize("size", [SIZE, (61, 83)])
+def test_clipped_boxes_are_torchvisions_to_the_bit(anchors, size):
+    """Before and after rescaling, boxes without area included."""
+    output = head_output(-3.0, spread=2.0)
+    found = ours(anchors, *output, size=size, boxes_outside="clip")
+    for got, expected in zip(found, torchvision(anchors, *output, size)):
+        for height, width in (size, (197, 211)):
+            scaled = rescale_detections(got, height, width)
+            boxes = resize_boxes(expected["boxes"], size, (height, width))
+            assert scaled.image_size == (height, width)
+            assert torch.equal(scaled.pred_boxes.tensor, boxes)
+            assert torch.equal(scaled.scores, expected["scores"])
+            assert torch.equal(scaled.pred_classes, expected["labels"])
+        assert torch.equal(got.pred_boxes.tensor, expected["boxes"])  # not changed by the scaling
+        assert not got.pred_boxes.nonempty().all()
+
+
+def test_boxes_without_candidates_are_treated_too(anchors):
+    for boxes_outside in ("keep", "drop", "clip"):
+        (got, _) = ours(anchors, *head_output(-40.0), boxes_outside=boxes_outside)
+        assert len(rescale_detections(got, 10, 10)) == 0
+        assert isinstance(got.pred_boxes, Boxes) and got.pred_boxes.tensor.shape == (0, 4)

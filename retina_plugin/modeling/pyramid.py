@@ -1,0 +1,76 @@
+"""The pyramid on top of a backbone: P3 to P7 (section 4 and its footnote 2)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.modeling import Backbone
+from detectron2.modeling.backbone import FPN
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from torch import Tensor
+
+from retina_plugin.config import KEYS
+from retina_plugin.errors import check_choice
+
+__all__ = ["TopLevels", "build_pyramid", "p6_source"]
+
+
+class TopLevels(LastLevelP6P7):
+    """Detectron2's P6 and P7: two 3x3 convs of stride 2, the second one on ReLU(P6).
+
+    Args:
+        in_channels: of the feature that P6 is computed from.
+        out_channels: of P6 and P7.
+        in_feature: its name.
+        relu_before_p7: False for MMDetection's models, whose second conv is on P6 itself.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        in_feature: str = "res5",
+        *,
+        relu_before_p7: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, in_feature)
+        self.relu_before_p7 = relu_before_p7
+
+    def forward(self, feature: Tensor) -> list[Tensor]:
+        """(N, C, H, W) -> [P6, P7], of half and a quarter of the height and width, rounded up."""
+        p6 = self.p6(feature)
+        return [p6, self.p7(F.relu(p6) if self.relu_before_p7 else p6)]
+
+
+def p6_source(cfg: CfgNode) -> str:
+    """``P6_SOURCE``: "res5" or "p5".
+
+    Raises:
+        ConfigError: it is another value.
+    """
+    key = "MODEL.RETINANET.P6_SOURCE"
+    check_choice(key, cfg.MODEL.RETINANET.P6_SOURCE, KEYS[key].choices)
+    return str(cfg.MODEL.RETINANET.P6_SOURCE)
+
+
+def build_pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
+    """FPN with levels P3 to P7 on the features ``MODEL.FPN.IN_FEATURES`` of ``bottom_up``.
+
+    Raises:
+        ConfigError: an unknown ``P6_SOURCE``.
+    """
+    source, channels = p6_source(cfg), cfg.MODEL.FPN.OUT_CHANNELS
+    top = TopLevels(
+        bottom_up.output_shape()[source].channels if source == "res5" else channels,
+        channels,
+        source,
+        relu_before_p7=cfg.MODEL.RETINANET.RELU_BEFORE_P7,
+    )
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

@@ -1,0 +1,201 @@
+"""RetinaNets of MMDetection 2 and 3.
+
+Against Detectron2's, its anchors run through the aspect ratios first, P7 is computed from P6 without
+a ReLU, and boxes are clipped before the NMS. (mmdet/models/necks/fpn.py,
+mmdet/models/dense_heads/retina_head.py, configs/_base_/models/retinanet_r50_fpn.py)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from torch import Tensor
+
+from retina_plugin.errors import ConfigError
+
+from .source import Converted, Source
+
+__all__ = ["SOURCE"]
+
+_RATIOS, _SCALES = 3, 3  # of the anchors of a location, in all of its RetinaNets
+_REQUIRED = (
+    "backbone.conv1.weight",
+    "backbone.bn1.running_var",
+    "backbone.layer1.0.conv2.weight",
+    *(f"neck.{name}.conv.weight" for name in ("lateral_convs.0", "lateral_convs.2")),
+    *(f"neck.{name}.conv.weight" for name in ("fpn_convs.3", "fpn_convs.4")),
+    "bbox_head.retina_cls.bias",
+    "bbox_head.retina_reg.weight",
+)
+_IGNORED = ("num_batches_tracked", "teacher.", "ema_")  # counters; copies of the model
+# (blocks of each stage, convs of a block) -> depth
+_DEPTHS = {
+    ((2, 2, 2, 2), 2): 18,
+    ((3, 4, 6, 3), 2): 34,
+    ((3, 4, 6, 3), 3): 50,
+    ((3, 4, 23, 3), 3): 101,
+    ((3, 8, 36, 3), 3): 152,
+}
+_STAGE = re.compile(r"backbone\.layer(\d)\.(\d+)\.(conv\d|bn\d|downsample\.\d)\.(\w+)")
+_PATTERNS = (
+    (re.compile(r"backbone\.conv1\.(\w+)"), "backbone.bottom_up.stem.conv1.{0}"),
+    (re.compile(r"backbone\.bn1\.(\w+)"), "backbone.bottom_up.stem.conv1.norm.{0}"),
+    (re.compile(r"bbox_head\.retina_cls\.(\w+)"), "head.cls_score.{0}"),
+    (re.compile(r"bbox_head\.retina_reg\.(\w+)"), "head.bbox_pred.{0}"),
+)
+_FPN = re.compile(r"neck\.(lateral|fpn)_convs\.(\d)\.conv\.(\w+)")
+_HEAD = re.compile(r"bbox_head\.(cls|reg)_convs\.(\d)\.(conv|gn)\.(\w+)")
+
+
+def _recognises(state: Mapping[str, Tensor]) -> bool:
+    return "bbox_head.retina_cls.weight" in state
+
+
+def _convert(state: Mapping[str, Tensor]) -> Converted:
+    state = {k: v for k, v in state.items() if not any(part in k for part in _IGNORED)}
+    for name in _REQUIRED:
+        if name not in state:
+            raise ConfigError(
+                f"'{name}' is missing: only the RetinaNets of MMDetection with a ResNet or ResNeXt "
+                "with batch norm and an FPN with levels P3 to P7 can be converted"
+            )
+    has_norm = any(".gn." in name for name in state)
+    converted: dict[str, Tensor] = {}
+    for name, value in state.items():
+        new = _new_name(name, has_norm)
+        if new.startswith(("head.cls_score.", "head.bbox_pred.")):
+            value = _scales_first(name, value)
+        converted[new] = value.clone()
+    for name in [n for n in converted if re.fullmatch(r"head\.\w+_subnet\.\d+\.weight", n)]:
+        if converted[name].dim() == 4:  # in a conv before GroupNorm the bias is left out
+            bias = name.replace("weight", "bias")
+            converted.setdefault(bias, torch.zeros(len(converted[name])))
+    num_classes = len(converted["head.cls_score.bias"]) // (_RATIOS * _SCALES)
+    is_caffe = _is_caffe(state)
+    names = [c["name"] for c in COCO_CATEGORIES if c["isthing"]] if num_classes == 80 else None
+    notes = [
+        "MMDetection 2 and 3 are meant; version 1 has other boxes (they include the last pixel).",
+        (
+            "The stem has MSRA's statistics of batch norm (style 'caffe'), so images are BGR, not "
+            "divided by the standard deviation, and a block's stride is in its 1x1 conv."
+            if is_caffe
+            else "The stem has statistics of batch norm of its own (style 'pytorch'), so images "
+            "are RGB, divided by ImageNet's standard deviation, and a block's stride is in its 3x3 "
+            "conv."
+        ),
+        "Boxes without area, which MMDetection drops before the NMS, are kept.",
+    ]
+    if names:
+        notes.append("80 classes: the names are COCO's.")
+    return Converted(converted, _config(state, num_classes, is_caffe, has_norm), names, notes)
+
+
+def _new_name(name: str, has_norm: bool) -> str:
+    for pattern, new in _PATTERNS:
+        if match := pattern.fullmatch(name):
+            return new.format(*match.groups())
+    if match := _STAGE.fullmatch(name):
+        stage, block, layer, what = match.groups()
+        conv = "shortcut" if layer.startswith("downsample") else f"conv{layer[-1]}"
+        is_norm = layer.startswith("bn") or layer == "downsample.1"
+        norm = "norm." if is_norm else ""
+        return f"backbone.bottom_up.res{int(stage) + 1}.{block}.{conv}.{norm}{what}"
+    if match := _FPN.fullmatch(name):
+        kind, number, what = match.group(1), int(match.group(2)) + 3, match.group(3)
+        if number > 5:
+            return f"backbone.top_block.p{number}.{what}"
+        return f"backbone.fpn_{'lateral' if kind == 'lateral' else 'output'}{number}.{what}"
+    if match := _HEAD.fullmatch(name):
+        subnet = "cls_subnet" if match.group(1) == "cls" else "bbox_subnet"
+        layers = 3 if has_norm else 2  # of a conv with what follows it
+        index = int(match.group(2)) * layers + (match.group(3) == "gn")
+        return f"head.{subnet}.{index}.{match.group(4)}"
+    raise ConfigError(
+        f"'{name}' is not a part of the RetinaNets of MMDetection that can be converted: ResNet or "
+        "ResNeXt with batch norm, FPN without norm, RetinaHead without norm or with GN"
+    )
+
+
+def _scales_first(name: str, value: Tensor) -> Tensor:
+    """The channels of the last convs in Detectron2's order of the anchors of a location."""
+    anchors = _RATIOS * _SCALES
+    if len(value) % anchors:
+        raise ConfigError(
+            f"{name} has {len(value)} channels, which is no multiple of {anchors}: only the "
+            f"anchors of {_SCALES} scales and {_RATIOS} aspect ratios can be converted"
+        )
+    by_anchor = value.unflatten(0, (_RATIOS, _SCALES, -1))
+    return by_anchor.transpose(0, 1).flatten(0, 2)
+
+
+def _is_caffe(state: Mapping[str, Tensor]) -> bool:
+    """Whether the backbone is MSRA's: its batch norm has no statistics, only an affine map."""
+    mean, var = state["backbone.bn1.running_mean"], state["backbone.bn1.running_var"]
+    return not mean.any() and bool(((var - 1).abs() < 1e-3).all())
+
+
+def _config(
+    state: Mapping[str, Tensor], num_classes: int, is_caffe: bool, has_norm: bool
+) -> dict[str, Any]:
+    resnets = _resnets(state)
+    if not is_caffe:
+        resnets["STRIDE_IN_1X1"] = False
+    p6_channels = state["neck.fpn_convs.3.conv.weight"].shape[1]
+    c5_channels = state["neck.lateral_convs.2.conv.weight"].shape[1]
+    retinanet: dict[str, Any] = {
+        "NUM_CLASSES": num_classes,
+        "NUM_CONVS": len([n for n in state if re.search(r"cls_convs\.\d\.conv\.weight", n)]),
+        "P6_SOURCE": "res5" if p6_channels == c5_channels else "p5",
+        "RELU_BEFORE_P7": False,
+        "BOXES_OUTSIDE_TEST": "clip",
+        "LOW_QUALITY_MATCHES": "always",
+        "NORMALIZER": "per_gpu",
+        "SMOOTH_L1_LOSS_BETA": 0.0,
+    }
+    if has_norm:
+        retinanet["NORM"] = "GN"
+    model: dict[str, Any] = {
+        "RESNETS": resnets,
+        "FPN": {"OUT_CHANNELS": len(state["neck.lateral_convs.0.conv.weight"])},
+        "RETINANET": retinanet,
+    }
+    config: dict[str, Any] = {"_BASE_": "retina_R50_800.yaml", "MODEL": model}
+    if is_caffe:
+        model |= {"PIXEL_MEAN": [103.53, 116.28, 123.675], "PIXEL_STD": [1.0, 1.0, 1.0]}
+    else:
+        model |= {"PIXEL_MEAN": [123.675, 116.28, 103.53], "PIXEL_STD": [58.395, 57.12, 57.375]}
+        config["INPUT"] = {"FORMAT": "RGB"}
+    return config
+
+
+def _resnets(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """``MODEL.RESNETS`` of the backbone, from the number and the shapes of its convs."""
+    blocks = tuple(
+        len({m.group(2) for m in map(_STAGE.fullmatch, state) if m and m.group(1) == stage})
+        for stage in "1234"
+    )
+    convs = 3 if "backbone.layer1.0.conv3.weight" in state else 2
+    depth = _DEPTHS.get((blocks, convs))
+    if depth is None:
+        raise ConfigError(
+            f"a backbone with {blocks} blocks of {convs} convs is none that can be converted: "
+            "ResNet-18, 34, 50, 101, 152 and their ResNeXts are"
+        )
+    resnets: dict[str, Any] = {"DEPTH": depth, "NORM": "FrozenBN"}
+    stem = len(state["backbone.conv1.weight"])
+    width = state["backbone.layer1.0.conv2.weight"]
+    out = len(state[f"backbone.layer1.0.conv{convs}.weight"])
+    if stem != 64:
+        resnets["STEM_OUT_CHANNELS"] = stem
+    if out != 256:
+        resnets["RES2_OUT_CHANNELS"] = out
+    if convs == 3 and (len(width), width.shape[1]) != (64, 64):
+        resnets |= {"NUM_GROUPS": len(width) // width.shape[1], "WIDTH_PER_GROUP": width.shape[1]}
+    return resnets
+
+
+SOURCE = Source("mmdetection", _recognises, _convert)
