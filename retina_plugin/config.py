@@ -148,8 +148,8 @@ KEYS: dict[str, Key] = {
         "4, footnote 2",
     ),
     "MODEL.RETINANET.RELU_BEFORE_P7": Key(
-        "Whether P7 is computed from ReLU(P6) (the paper), or from P6 (False, MMDetection). Read by "
-        "`MODEL.BACKBONE.NAME: build_retina_fpn_backbone`.",
+        "Whether P7 is computed from ReLU(P6) (the paper), or from P6 (False, MMDetection). Read "
+        "by `MODEL.BACKBONE.NAME: build_retina_fpn_backbone`.",
         True,
         section="4, footnote 2",
     ),
