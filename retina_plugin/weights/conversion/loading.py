@@ -11,6 +11,7 @@ from torch import nn
 from retina_plugin.errors import ConfigError
 
 from .imagenet import TORCHVISION_INPUT
+from .source import Converted
 from .sources import find_source, without_prefix
 
 __all__ = ["translate"]
@@ -52,8 +53,12 @@ def translate(checkpoint: dict[str, Any], model: nn.Module, path: str) -> None:
             raise ConfigError(f"{path}: {error}") from None
         if not names & converted.state.keys():
             return  # another kind of model, which Detectron2's heuristics may know
-        _warn_of_input(model, converted.config, path)
-        if "res5_0_branch2a_w" in state and source.name == "imagenet":
+        is_caffe2 = "res5_0_branch2a_w" in state
+        # Of ResNeXts and of batch norm with statistics there are both kinds.
+        is_known = not is_caffe2 or ("res_conv1_bn_rm" not in state and not _is_resnext(converted))
+        if is_known or source.name == "detectron":
+            _warn_of_input(model, converted.config, path)
+        if is_caffe2 and source.name == "imagenet":
             return  # Detectron2's loader knows MSRA's
         checkpoint["model"] = converted.state
         checkpoint.pop("matching_heuristics", None)
@@ -70,6 +75,10 @@ def translate(checkpoint: dict[str, Any], model: nn.Module, path: str) -> None:
             f"{path} has the weights of {source.name}'s RetinaNet, which need a config of their "
             f"own: run `retina convert {path} --output NEW.pth`, and use NEW.pth and NEW.yaml"
         )
+
+
+def _is_resnext(converted: Converted) -> bool:
+    return converted.config["MODEL"]["RESNETS"].get("NUM_GROUPS", 1) > 1
 
 
 def _input_config(values: dict[str, Any]) -> dict[str, Any]:
@@ -99,4 +108,6 @@ def _warn_of_input(model: nn.Module, config: dict[str, Any], path: str) -> None:
             if is_bottleneck and (module.stride[0] > 1) != stride_in_1x1:
                 wrong.append(f"MODEL.RESNETS.STRIDE_IN_1X1 {stride_in_1x1}")
     if wrong:
-        logger.warning("%s was trained with %s, the config has others", path, ", ".join(wrong))
+        logger.warning(
+            "%s was trained with %s: set them, the config has others", path, ", ".join(wrong)
+        )
