@@ -162,8 +162,9 @@ KEYS: dict[str, Key] = {
         ("FrozenBN", "BN", "SyncBN"),
     ),
     "MODEL.RETINANET.RELU_BEFORE_P7": Key(
-        "Whether P7 is computed from ReLU(P6) (the paper), or from P6 (False, MMDetection). Read by "
-        "`MODEL.BACKBONE.NAME: build_retina_fpn_backbone` and `build_timm_retina_fpn_backbone`.",
+        "Whether P7 is computed from ReLU(P6) (the paper), or from P6 (False, MMDetection). Read "
+        "by `MODEL.BACKBONE.NAME: build_retina_fpn_backbone` and "
+        "`build_timm_retina_fpn_backbone`.",
         True,
         section="4, footnote 2",
     ),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import HookBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -98,6 +98,7 @@ class Trainer(ResumableTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer.class_names = _class_names(cfg)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -258,3 +259,9 @@ class Trainer(ResumableTrainer):
         model = getattr(self.model, "module", self.model)
         normalizer = getattr(model, "normalizer", None)
         return normalizer if isinstance(normalizer, LossNormalizer) else None
+
+
+def _class_names(cfg: CfgNode) -> list[str] | None:
+    """Of the first training dataset, which is loaded; None if it does not have them."""
+    names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+    return list(map(str, names)) if names else None

@@ -19,6 +19,8 @@ from fvcore.common.checkpoint import _filter_reused_missing_keys
 from retina_plugin.cache import atomic_write
 from retina_plugin.errors import ConfigError
 
+from .classes import adapt_classes
+from .conversion.loading import translate
 from .fit import Fit, check_finite, class_counts, remove_prefixes
 from .reading import read_checkpoint
 
@@ -47,6 +49,10 @@ class Checkpointer(DetectionCheckpointer):
     """The file or URL that was loaded last."""
     fit: Fit | None = None
     """What was loaded of it; None if nothing was."""
+    class_names: list[str] | None = None
+    """Of the classes that the model is trained for. They are saved with it, and tell
+    :meth:`resume_or_load` which classes of other weights to keep."""
+    _is_finetuning = False
 
     def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
         """Write the model, the checkpointables and ``extra`` to NAME.pth in the folder.
@@ -65,6 +71,8 @@ class Checkpointer(DetectionCheckpointer):
         data: dict[str, Any] = {"model": self.model.state_dict()}
         for key, checkpointable in self.checkpointables.items():
             data[key] = checkpointable.state_dict()
+        if self.class_names:
+            data["class_names"] = self.class_names
         data.update(extra)
         path = Path(self.save_dir, f"{name}.pth")
         logging.getLogger("fvcore").info("Saving checkpoint to %s", path)  # for log.txt
@@ -127,8 +135,9 @@ class Checkpointer(DetectionCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Load the newest whole checkpoint of the folder with all checkpointables.
 
-        Without ``resume``, or if there is none, load the model alone from ``path``. With several
-        processes all must call this: the first one decides which checkpoint is taken.
+        Without ``resume``, or if there is none, load the model alone from ``path``; with
+        ``class_names``, :func:`.classes.adapt_classes` fits the last classification conv to them.
+        With several processes all must call this: the first one decides which checkpoint is taken.
 
         Returns:
             What else is in the file, e.g. {"iteration": 999}; {} if there is nothing to load.
@@ -138,7 +147,11 @@ class Checkpointer(DetectionCheckpointer):
             found = comm.all_gather(found)[0]
             if found:
                 return self.load(found)
-        return self.load(path, checkpointables=[])
+        self._is_finetuning = True
+        try:
+            return self.load(path, checkpointables=[])
+        finally:
+            self._is_finetuning = False
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Detectron2's, for a file of any format that :func:`read_checkpoint` knows.
@@ -188,6 +201,9 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         check_finite(checkpoint["model"], self.loaded_from)
         checkpoint["model"] = remove_prefixes(checkpoint["model"], self.model.state_dict())
+        translate(checkpoint, self.model, self.loaded_from)
+        if self._is_finetuning and self.class_names:
+            adapt_classes(checkpoint, self.model.state_dict(), self.class_names)
         try:
             with _for_log_file("detectron2.checkpoint.c2_model_loading"):
                 return super()._load_model(checkpoint)

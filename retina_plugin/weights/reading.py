@@ -6,6 +6,7 @@ safetensors. The content decides which it is, not the name.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
@@ -52,7 +53,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
         {"model": name -> tensor or array, ...}, and for Detectron2's own files what else is in
-        them.
+        them. "class_names" is a list of text, in the order of the classes, if the file has them:
+        checkpoints of this plugin, safetensors with the metadata "class_names" (JSON), and
+        MMDetection's files ("meta").
 
     Raises:
         ConfigError: there is no such file, it is damaged, it is no weights file, or it holds more
@@ -68,6 +71,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         with reasons("file"):
             checkpoint = _unwrap(loaded)
             _check_tensors(checkpoint["model"], size)
+            _add_class_names(checkpoint, loaded)
     except Unreadable as error:
         message = f"{path} is {error}"
     except OSError as error:
@@ -106,7 +110,16 @@ def _read(path: Path, file: BinaryIO, size: int) -> Any:
 
 def _read_safetensors(path: Path) -> Any:
     with reasons("safetensors file"):
-        return safetensors.torch.load_file(path)
+        state: dict[str, Any] = safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        if "class_names" not in metadata:
+            return state
+        try:
+            names = json.loads(metadata["class_names"])
+        except (ValueError, RecursionError):
+            names = None  # as if it had none
+        return {"model": state, "class_names": names}
 
 
 def _read_pickle(file: BinaryIO) -> Any:
@@ -153,6 +166,19 @@ def _unwrap(loaded: Any) -> dict[str, Any]:
     if not state:
         raise Unreadable(f"no weights file: it has no tensors, but {entries[:200] or 'nothing'}")
     return checkpoint
+
+
+def _add_class_names(checkpoint: dict[str, Any], loaded: Any) -> None:
+    """Put the names of the classes where they belong; no or unusable ones: the key is absent."""
+    meta = loaded.get("meta")  # of MMDetection 2, and of 3, which has them a level deeper
+    meta = meta if isinstance(meta, Mapping) else {}
+    inner = meta.get("dataset_meta")
+    inner = inner if isinstance(inner, Mapping) else {}
+    found = (loaded.get("class_names"), meta.get("CLASSES"), inner.get("classes"))
+    names = next((x for x in (*found, inner.get("CLASSES")) if isinstance(x, (list, tuple))), ())
+    checkpoint.pop("class_names", None)
+    if names and all(isinstance(name, str) for name in names):
+        checkpoint["class_names"] = list(names)
 
 
 def _check_tensors(state: dict[str, Any], size: int) -> None:

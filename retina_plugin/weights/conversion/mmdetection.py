@@ -1,7 +1,7 @@
 """RetinaNets of MMDetection 2 and 3.
 
-Against Detectron2's, its anchors run through the aspect ratios first, P7 is computed from P6 without
-a ReLU, and boxes are clipped before the NMS. (mmdet/models/necks/fpn.py,
+Against Detectron2's, its anchors run through the aspect ratios first, P7 is computed from P6
+without a ReLU, and boxes are clipped before the NMS. (mmdet/models/necks/fpn.py,
 mmdet/models/dense_heads/retina_head.py, configs/_base_/models/retinanet_r50_fpn.py)
 """
 
@@ -33,7 +33,7 @@ _REQUIRED = (
 )
 _IGNORED = ("num_batches_tracked", "teacher.", "ema_")  # counters; copies of the model
 # (blocks of each stage, convs of a block) -> depth
-_DEPTHS = {
+_DEPTHS: dict[tuple[tuple[int, ...], int], int] = {
     ((2, 2, 2, 2), 2): 18,
     ((3, 4, 6, 3), 2): 34,
     ((3, 4, 6, 3), 3): 50,

@@ -60,9 +60,7 @@ class RetinaHead(nn.Module):
     def __init__(self, norm):
         super().__init__()
         self.cls_convs, self.reg_convs = (
-            nn.ModuleList(
-                ConvModule(CHANNELS, CHANNELS, 3, norm=norm, relu=True) for _ in range(4)
-            )
+            nn.ModuleList(ConvModule(CHANNELS, CHANNELS, 3, norm=norm, relu=True) for _ in range(4))
             for _ in range(2)
         )
         self.retina_cls = nn.Conv2d(CHANNELS, A * K, 3, padding=1)
@@ -169,7 +167,9 @@ def theirs(request):
                 module.weight.mul_(0.3)  # keeps the features of a deep network in range
         # scores that differ, about one in ten above the threshold
         image = normalise(picture(0), "caffe" in request.param)
-        logits, deltas = (torch.cat([x.flatten() for x in xs]) for xs in zip(*model.head_output(image)))
+        logits, deltas = (
+            torch.cat([x.flatten() for x in xs]) for xs in zip(*model.head_output(image))
+        )
         model.bbox_head.retina_cls.weight.mul_(2 / logits.std())
         model.bbox_head.retina_cls.bias.normal_(-5, 1)
         model.bbox_head.retina_reg.weight.mul_(0.4 / deltas.std())

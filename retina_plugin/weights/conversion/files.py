@@ -1,0 +1,169 @@
+"""Converting a file: the weights and, beside them, the config that belongs to them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor
+
+from retina_plugin.cache import atomic_write
+from retina_plugin.errors import ConfigError, one_line
+
+from ..reading import read_checkpoint
+from .source import Converted, Source
+from .sources import SOURCES, find_source, get_source, without_prefix
+
+__all__ = ["check_output", "config_path", "convert_file", "convert_weights", "write_converted"]
+
+_SUFFIXES = (".pth", ".safetensors")
+
+
+def convert_file(
+    path: str | os.PathLike, output: str | os.PathLike, source: str | None = None
+) -> Converted:
+    """Convert the weights of another library, and write them and their config.
+
+    Args:
+        path: the weights, in any format that :func:`retina_plugin.weights.read_checkpoint` knows.
+        output: .pth or .safetensors; the config is beside it, with the suffix .yaml. Files that are
+            there are replaced.
+        source: a name in :data:`.sources.SOURCES`; None: it is recognised by the names of the
+            tensors.
+
+    Returns:
+        What was written. Its ``class_names`` are those of the file, if it has any, or those that
+        belong to the library's own models.
+
+    Raises:
+        ConfigError: see :func:`check_output` and ``read_checkpoint``; the library is unknown or has
+            a model that cannot be converted.
+        OSError: the output cannot be written. One line with its path.
+
+    Example::
+
+        convert_file("model_final.pkl", "retinanet.pth")
+        cfg = setup_cfg("retinanet.yaml")
+    """
+    check_output(path, output)
+    known, converted = convert_weights(path, source)
+    return write_converted(converted, output, f"{Path(path).name} ({known.name})")
+
+
+def convert_weights(path: str | os.PathLike, source: str | None = None) -> tuple[Source, Converted]:
+    """The library that a file is from, and its weights, converted. Nothing is written.
+
+    Args, Raises: see :func:`convert_file`.
+    """
+    known = get_source(source) if source is not None else None
+    checkpoint = read_checkpoint(path)
+    state = without_prefix(checkpoint["model"])
+    try:
+        known = known or find_source(state)
+        if known is None:
+            raise ConfigError(_unknown(state))
+        if not known.recognises(state):
+            raise ConfigError(f"these are not the names of {known.name}: {_unknown(state)}")
+        converted = known.convert(state)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    names = checkpoint.get("class_names")
+    num_classes = converted.config["MODEL"].get("RETINANET", {}).get("NUM_CLASSES")
+    if names and len(names) == num_classes:
+        converted = replace(converted, class_names=names)
+    return known, converted
+
+
+def write_converted(converted: Converted, output: str | os.PathLike, origin: str) -> Converted:
+    """Write the weights and their config, each whole or not at all.
+
+    Args:
+        output: see :func:`convert_file`.
+        origin: for the header of the config, e.g. "model_final.pkl (detectron)".
+
+    Returns:
+        ``converted`` with the ``MODEL.WEIGHTS`` that was written.
+
+    Raises:
+        OSError: one line with the path.
+    """
+    output = Path(output)
+    model = {**converted.config["MODEL"], "WEIGHTS": os.path.abspath(output)}
+    converted = replace(converted, config={**converted.config, "MODEL": model})
+    state = {name: value.contiguous() for name, value in converted.state.items()}
+    for file in (output, config_path(output)):
+        try:
+            with atomic_write(file) as temporary:
+                if file.suffix == ".yaml":
+                    temporary.write_text(_config_text(output, converted, origin), encoding="utf-8")
+                elif file.suffix == ".safetensors":
+                    safetensors.torch.save_file(state, temporary, _metadata(converted))
+                else:
+                    data: dict[str, Any] = {"model": state}
+                    if converted.class_names:
+                        data["class_names"] = converted.class_names
+                    torch.save(data, temporary)
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            first: BaseException = error
+            while first.__context__ is not None:  # torch hides the file's error behind its own
+                first = first.__context__
+            reason = getattr(first, "strerror", None) or first
+            raise OSError(f"cannot write {file}: {reason}") from None
+    return converted
+
+
+def config_path(output: str | os.PathLike) -> Path:
+    """Where the config of converted weights is: beside them, with the suffix .yaml."""
+    return Path(output).with_suffix(".yaml")
+
+
+def check_output(path: str | os.PathLike, output: str | os.PathLike) -> None:
+    """Raise a :class:`ConfigError` if ``output`` cannot be the result of converting ``path``.
+
+    It needs one of the suffixes, an existing folder, and may neither be the input nor a folder.
+    """
+    path, output = Path(path), Path(output)
+    if output.suffix not in _SUFFIXES or not output.stem:
+        raise ConfigError(f"--output {output}: its name must end with {' or '.join(_SUFFIXES)}")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}: make it first")
+    for file in (output, config_path(output)):
+        if file.is_dir():
+            raise ConfigError(f"--output {output}: {file} is a folder")
+        if file.exists() and path.exists() and file.samefile(path):
+            raise ConfigError(f"--output {output}: {file} is the input: choose another name")
+
+
+def _unknown(state: dict[str, Tensor]) -> str:
+    seen = ", ".join(list(state)[:3])[:200]
+    return (
+        f"it has {len(state)} tensors ({seen}, ...), and known are RetinaNets of "
+        f"{', '.join(name for name in SOURCES if name != 'imagenet')}, and ResNets trained on "
+        "ImageNet (imagenet)"
+    )
+
+
+def _metadata(converted: Converted) -> dict[str, str]:
+    metadata = {"format": "pt"}
+    if converted.class_names:
+        metadata["class_names"] = json.dumps(converted.class_names, ensure_ascii=False)
+    return metadata
+
+
+def _config_text(output: Path, converted: Converted, origin: str) -> str:
+    is_backbone = not any(name.startswith("head.") for name in converted.state)
+    command = f"retina train --config-file {config_path(output)}"
+    lines = [
+        f"Config of {output.name}: {len(converted.state)} tensors, converted from {origin}.",
+        *converted.notes,
+        f"Train from it: {command}" if is_backbone else f"Evaluate it: {command} --eval-only",
+    ]
+    header = "".join(f"# {line}\n" for text in lines for line in wrap(one_line(text), 98))
+    return header + yaml.safe_dump(converted.config, sort_keys=False, default_flow_style=None)
