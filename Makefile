@@ -45,8 +45,9 @@ demo: setup ## train and evaluate on the embedded digits
 coverage: setup ## which lines of the package the tests run
 	$(RUN) -m pytest --cov=retina_plugin --cov-report=term-missing:skip-covered
 
-docs: setup ## write docs/configuration.md and docs/reliability.md from the code and the tests
+docs: setup ## write the generated pages of docs/ from the code and the tests
 	$(RUN) docs/make_configuration.py
+	$(RUN) docs/make_models.py
 	$(RUN) docs/make_reliability.py
 
 lock: setup ## renew requirements/lock.txt with the newest versions
