@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
 from retina_plugin.errors import ConfigError
 
 from .resnets import resnet_config
-from .source import Converted, Source
+from .source import Converted, Source, coco_names
 
 __all__ = ["AFFINE_VAR", "SOURCE", "backbone_name"]
 
@@ -68,7 +67,7 @@ def _convert(state: Mapping[str, Tensor]) -> Converted:
         mean, var = (name.replace("weight", part) for part in ("running_mean", "running_var"))
         converted.setdefault(mean, torch.zeros_like(converted[name]))
         converted.setdefault(var, torch.full_like(converted[name], AFFINE_VAR))
-    names = [c["name"] for c in COCO_CATEGORIES if c["isthing"]] if num_classes == 80 else None
+    names = coco_names(num_classes)
     resnets = resnet_config(converted)
     is_resnext = resnets.get("NUM_GROUPS", 1) > 1
     resnets["STRIDE_IN_1X1"] = not is_resnext

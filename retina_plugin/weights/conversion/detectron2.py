@@ -6,13 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
 from retina_plugin.errors import ConfigError
 
 from .resnets import resnet_config
-from .source import Converted, Source
+from .source import Converted, Source, coco_names
 
 __all__ = ["SOURCE"]
 
@@ -52,7 +51,7 @@ def _convert(state: Mapping[str, Tensor]) -> Converted:
         "NORM": _head_norm(converted),
         "P6_SOURCE": "p5" if state[_P6].shape[1] == channels else "res5",
     }
-    names = [c["name"] for c in COCO_CATEGORIES if c["isthing"]] if num_classes == 80 else None
+    names = coco_names(num_classes)
     notes = [
         "Anchors, pixel mean and standard deviation, and the stride of a block are not in the "
         "weights: the config has those of Detectron2's model zoo.",

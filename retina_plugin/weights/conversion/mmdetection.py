@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
 from retina_plugin.errors import ConfigError
 
-from .source import Converted, Source
+from .resnets import resnet_config, torchvision_name
+from .source import Converted, Source, coco_names
 
 __all__ = ["SOURCE"]
 
@@ -32,18 +32,7 @@ _REQUIRED = (
     "bbox_head.retina_reg.weight",
 )
 _IGNORED = ("num_batches_tracked", "teacher.", "ema_")  # counters; copies of the model
-# (blocks of each stage, convs of a block) -> depth
-_DEPTHS: dict[tuple[tuple[int, ...], int], int] = {
-    ((2, 2, 2, 2), 2): 18,
-    ((3, 4, 6, 3), 2): 34,
-    ((3, 4, 6, 3), 3): 50,
-    ((3, 4, 23, 3), 3): 101,
-    ((3, 8, 36, 3), 3): 152,
-}
-_STAGE = re.compile(r"backbone\.layer(\d)\.(\d+)\.(conv\d|bn\d|downsample\.\d)\.(\w+)")
 _PATTERNS = (
-    (re.compile(r"backbone\.conv1\.(\w+)"), "backbone.bottom_up.stem.conv1.{0}"),
-    (re.compile(r"backbone\.bn1\.(\w+)"), "backbone.bottom_up.stem.conv1.norm.{0}"),
     (re.compile(r"bbox_head\.retina_cls\.(\w+)"), "head.cls_score.{0}"),
     (re.compile(r"bbox_head\.retina_reg\.(\w+)"), "head.bbox_pred.{0}"),
 )
@@ -74,9 +63,8 @@ def _convert(state: Mapping[str, Tensor]) -> Converted:
         if converted[name].dim() == 4:  # in a conv before GroupNorm the bias is left out
             bias = name.replace("weight", "bias")
             converted.setdefault(bias, torch.zeros(len(converted[name])))
-    num_classes = len(converted["head.cls_score.bias"]) // (_RATIOS * _SCALES)
     is_caffe = _is_caffe(state)
-    names = [c["name"] for c in COCO_CATEGORIES if c["isthing"]] if num_classes == 80 else None
+    names = coco_names(_num_classes(converted))
     notes = [
         "MMDetection 2 and 3 are meant; version 1 has other boxes (they include the last pixel).",
         (
@@ -91,19 +79,16 @@ def _convert(state: Mapping[str, Tensor]) -> Converted:
     ]
     if names:
         notes.append("80 classes: the names are COCO's.")
-    return Converted(converted, _config(state, num_classes, is_caffe, has_norm), names, notes)
+    return Converted(converted, _config(state, converted, is_caffe), names, notes)
 
 
 def _new_name(name: str, has_norm: bool) -> str:
     for pattern, new in _PATTERNS:
         if match := pattern.fullmatch(name):
             return new.format(*match.groups())
-    if match := _STAGE.fullmatch(name):
-        stage, block, layer, what = match.groups()
-        conv = "shortcut" if layer.startswith("downsample") else f"conv{layer[-1]}"
-        is_norm = layer.startswith("bn") or layer == "downsample.1"
-        norm = "norm." if is_norm else ""
-        return f"backbone.bottom_up.res{int(stage) + 1}.{block}.{conv}.{norm}{what}"
+    resnet_name = torchvision_name(name.removeprefix("backbone."))
+    if name.startswith("backbone.") and resnet_name:
+        return resnet_name
     if match := _FPN.fullmatch(name):
         kind, number, what = match.group(1), int(match.group(2)) + 3, match.group(3)
         if number > 5:
@@ -132,6 +117,10 @@ def _scales_first(name: str, value: Tensor) -> Tensor:
     return by_anchor.transpose(0, 1).flatten(0, 2)
 
 
+def _num_classes(converted: Mapping[str, Tensor]) -> int:
+    return len(converted["head.cls_score.bias"]) // (_RATIOS * _SCALES)
+
+
 def _is_caffe(state: Mapping[str, Tensor]) -> bool:
     """Whether the backbone is MSRA's: its batch norm has no statistics, only an affine map."""
     mean, var = state["backbone.bn1.running_mean"], state["backbone.bn1.running_var"]
@@ -139,15 +128,15 @@ def _is_caffe(state: Mapping[str, Tensor]) -> bool:
 
 
 def _config(
-    state: Mapping[str, Tensor], num_classes: int, is_caffe: bool, has_norm: bool
+    state: Mapping[str, Tensor], converted: Mapping[str, Tensor], is_caffe: bool
 ) -> dict[str, Any]:
-    resnets = _resnets(state)
+    resnets = {**resnet_config(converted), "NORM": "FrozenBN"}
     if not is_caffe:
         resnets["STRIDE_IN_1X1"] = False
     p6_channels = state["neck.fpn_convs.3.conv.weight"].shape[1]
     c5_channels = state["neck.lateral_convs.2.conv.weight"].shape[1]
     retinanet: dict[str, Any] = {
-        "NUM_CLASSES": num_classes,
+        "NUM_CLASSES": _num_classes(converted),
         "NUM_CONVS": len([n for n in state if re.search(r"cls_convs\.\d\.conv\.weight", n)]),
         "P6_SOURCE": "res5" if p6_channels == c5_channels else "p5",
         "RELU_BEFORE_P7": False,
@@ -156,7 +145,7 @@ def _config(
         "NORMALIZER": "per_gpu",
         "SMOOTH_L1_LOSS_BETA": 0.0,
     }
-    if has_norm:
+    if any(".gn." in name for name in state):
         retinanet["NORM"] = "GN"
     model: dict[str, Any] = {
         "RESNETS": resnets,
@@ -170,32 +159,6 @@ def _config(
         model |= {"PIXEL_MEAN": [123.675, 116.28, 103.53], "PIXEL_STD": [58.395, 57.12, 57.375]}
         config["INPUT"] = {"FORMAT": "RGB"}
     return config
-
-
-def _resnets(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """``MODEL.RESNETS`` of the backbone, from the number and the shapes of its convs."""
-    blocks = tuple(
-        len({m.group(2) for m in map(_STAGE.fullmatch, state) if m and m.group(1) == stage})
-        for stage in "1234"
-    )
-    convs = 3 if "backbone.layer1.0.conv3.weight" in state else 2
-    depth = _DEPTHS.get((blocks, convs))
-    if depth is None:
-        raise ConfigError(
-            f"a backbone with {blocks} blocks of {convs} convs is none that can be converted: "
-            "ResNet-18, 34, 50, 101, 152 and their ResNeXts are"
-        )
-    resnets: dict[str, Any] = {"DEPTH": depth, "NORM": "FrozenBN"}
-    stem = len(state["backbone.conv1.weight"])
-    width = state["backbone.layer1.0.conv2.weight"]
-    out = len(state[f"backbone.layer1.0.conv{convs}.weight"])
-    if stem != 64:
-        resnets["STEM_OUT_CHANNELS"] = stem
-    if out != 256:
-        resnets["RES2_OUT_CHANNELS"] = out
-    if convs == 3 and (len(width), width.shape[1]) != (64, 64):
-        resnets |= {"NUM_GROUPS": len(width) // width.shape[1], "WIDTH_PER_GROUP": width.shape[1]}
-    return resnets
 
 
 SOURCE = Source("mmdetection", _recognises, _convert)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
-__all__ = ["Converted", "Source"]
+__all__ = ["Converted", "Source", "coco_names"]
 
 
 @dataclass(frozen=True)
@@ -35,3 +36,8 @@ class Source:
     """Whether these names and shapes are those of the library."""
     convert: Callable[[Mapping[str, Tensor]], Converted]
     """Raises ``ConfigError`` if something is missing or unknown: one line."""
+
+
+def coco_names(num_classes: int) -> list[str] | None:
+    """COCO's class names for the 80 classes that public models have; else None."""
+    return [c["name"] for c in COCO_CATEGORIES if c["isthing"]] if num_classes == 80 else None

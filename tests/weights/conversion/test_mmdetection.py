@@ -255,7 +255,7 @@ def test_names_are_cocos_for_80_classes_only():
         ({"neck.fpn_convs.4.conv.weight": None}, "'neck.fpn_convs.4.conv.weight' is missing"),
         ({"backbone.bn1.running_var": None}, "'backbone.bn1.running_var' is missing"),
         ({"bbox_head.retina_cls.weight": torch.ones(10, 1, 3, 3)}, "10 channels"),
-        ({"backbone.layer1.2.conv1.weight": torch.ones(1)}, r"\(3, 2, 2, 2\) blocks of 2 convs"),
+        ({"backbone.layer1.2.conv1.weight": torch.ones(1)}, r"\[3, 2, 2, 2\] blocks of 2 convs"),
     ],
 )
 def test_other_models_are_refused_by_name(change, message):
