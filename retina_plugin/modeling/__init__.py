@@ -1,5 +1,6 @@
 """The detector and its parts; importing this registers them with Detectron2."""
 
+from .anchors import TorchvisionAnchorGenerator
 from .backbone import build_retina_fpn_backbone
 from .contracts import BoxCoder, Inference, Labeler, Matcher, Matches, Sample, Sampler
 from .detector import FocalRetinaNet
@@ -28,6 +29,7 @@ __all__ = [
     "Sample",
     "Sampler",
     "TimmFeatures",
+    "TorchvisionAnchorGenerator",
     "build_retina_fpn_backbone",
     "build_timm_retina_fpn_backbone",
     "prior_bias",

@@ -15,6 +15,7 @@ from retina_plugin import add_retina_config
 from retina_plugin.engine.performance import prepare_model
 from retina_plugin.errors import ConfigError
 from retina_plugin.modeling import TimmFeatures
+from retina_plugin.modeling.timm_models import feature_index
 
 timm = pytest.importorskip("timm")
 
@@ -242,3 +243,7 @@ def test_missing_timm_names_the_extra(monkeypatch):
 
     monkeypatch.setattr(sys, "meta_path", list(itertools.chain([NotInstalled()], sys.meta_path)))
     assert "retina_plugin[timm]" in refusal()
+
+
+def test_of_several_features_with_a_stride_it_is_the_last():
+    assert feature_index("csatv2", [8, 8, 16, 32, 64], 8) == 1
