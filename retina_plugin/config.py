@@ -176,6 +176,14 @@ KEYS: dict[str, Key] = {
         "them: less memory, about a quarter more time.",
         False,
     ),
+    "INPUT.RESIZE": Key(
+        "How an image is resized to `INPUT.MIN_SIZE_TRAIN` or `_TEST`. `detectron2`: the sides are "
+        "rounded, the bilinear filter is widened where the image shrinks (antialiasing), pixels "
+        "are rounded to whole numbers. `torchvision`: the sides are rounded down, no antialiasing, "
+        "pixels are not rounded. Weights detect best with the one they were trained with.",
+        "detectron2",
+        ("detectron2", "torchvision"),
+    ),
     "INPUT.MAPPER": Key(
         "What reads and augments images: a name in `DATASET_MAPPER_REGISTRY`. `FastMapper` gives "
         "the records of `DatasetMapper` (Detectron2's) in a third of the time, with the same "
@@ -239,6 +247,12 @@ DETECTRON2_KEYS: dict[str, Key] = {
     "INPUT.RANDOM_FLIP": Key("Random flip in training.", section="4.1 Optimization"),
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": Key(
         "Height over width of the anchors of a location.", section="4 Anchors, 5.2, Table 1c"
+    ),
+    "MODEL.ANCHOR_GENERATOR.NAME": Key(
+        "`DefaultAnchorGenerator` (Detectron2's), `TorchvisionAnchorGenerator` (torchvision's: "
+        "whole pixels, and another distance of the locations where a level's size is rounded up), "
+        "or `DetectronAnchorGenerator` (Detectron's: rounded sides).",
+        section="4 Anchors",
     ),
     "MODEL.ANCHOR_GENERATOR.SIZES": Key(
         "Square roots of the anchors' areas on each level (pixels).",

@@ -1,4 +1,4 @@
-"""Reading and resizing images, and making tensors of them, faster than Detectron2."""
+"""Reading images and making tensors of them, faster than Detectron2."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import cv2
 import numpy as np
 import torch
 from detectron2.data import detection_utils
-from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image
-from torch.nn import functional as F
 
 from retina_plugin.errors import ConfigError
 
@@ -22,7 +20,6 @@ from .jpeg import decode_jpeg
 
 __all__ = [
     "BadImageError",
-    "FastResize",
     "check_format",
     "check_image_size",
     "check_readable",
@@ -199,35 +196,6 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-class FastResize(T.ResizeTransform):
-    """Detectron2's resize, with torch's bilinear resampling instead of Pillow's.
-
-    Both apply a triangle filter, which is widened by the scale where the image shrinks. Both resize
-    horizontally first, then vertically, and round to uint8 after each pass. torch stores the
-    filter's weights in 16 bits and Pillow in 22, so sums near one half may round differently: by 1
-    in a pass, so by at most 2. This happens in less than 0.1 % of pixels at usual sizes, and in up
-    to 3 % where the scale is a simple fraction. Other interpolations, and images that are not
-    (H, W, 3) uint8, are resized by Detectron2.
-    """
-
-    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
-        method = self.interp if interp is None else interp
-        if method != Image.Resampling.BILINEAR or img.dtype != np.uint8 or img.shape[2:] != (3,):
-            return super().apply_image(img, interp)
-        assert img.shape[:2] == (self.h, self.w)
-        if (self.h, self.w) == (self.new_h, self.new_w):
-            return img
-        # an RGB image may be a reversed view of BGR: resize in BGR order, without a copy
-        order = slice(None, None, -1 if img.strides[2] < 0 else 1)
-        # add the batch dimension before permuting: only then torch recognises channels-last memory,
-        # for which it is twice as fast
-        pixels = torch.from_numpy(_shareable(img[:, :, order]))[None].permute(0, 3, 1, 2)
-        resized = F.interpolate(
-            pixels, (self.new_h, self.new_w), mode="bilinear", antialias=True, align_corners=False
-        )
-        return resized[0].permute(1, 2, 0).numpy()[:, :, order]
-
-
 def image_to_tensor(image: np.ndarray) -> torch.Tensor:
     """Copy an (H, W, C) image, or a flipped view of one, to a contiguous (C, H, W) tensor.
 
@@ -246,8 +214,3 @@ def image_to_tensor(image: np.ndarray) -> torch.Tensor:
         for axis in {0, 1}.intersection(reversed_axes):
             cv2.flip(plane, axis, plane)
     return torch.from_numpy(planes)
-
-
-def _shareable(image: np.ndarray) -> np.ndarray:
-    """``image``, or a copy if torch cannot share its memory: if it is flipped or read-only."""
-    return image if image.flags.writeable and min(image.strides) >= 0 else image.copy()

@@ -18,13 +18,13 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from retina_plugin.data.annotations import check_annotations
 from retina_plugin.data.images import (
     BadImageError,
-    FastResize,
     check_format,
     check_image_size,
     check_readable,
     image_to_tensor,
     read_image,
 )
+from retina_plugin.data.resizing import FastResize, choose_resize
 from retina_plugin.errors import ConfigError
 from retina_plugin.registry import ComponentRegistry
 
@@ -97,6 +97,7 @@ class DatasetMapper(Detectron2DatasetMapper):
                 "DatasetMapper drops: set INPUT.MAPPER FastMapper, or IGNORE_IOF_THRESH None"
             )
         arguments = super().from_config(cfg, is_train)
+        arguments["augmentations"] = choose_resize(arguments["augmentations"], cfg.INPUT.RESIZE)
         return {**arguments, "on_bad_image": cfg.DATALOADER.ON_BAD_IMAGE}
 
     def __call__(self, dataset_dict: Record) -> Record | None:
@@ -184,7 +185,7 @@ class FastMapper:
         arguments = Detectron2DatasetMapper.from_config(cfg, is_train)
         return {
             "is_train": is_train,
-            "augmentations": arguments["augmentations"],
+            "augmentations": choose_resize(arguments["augmentations"], cfg.INPUT.RESIZE),
             "image_format": arguments["image_format"],
             "keep_crowd": cfg.MODEL.RETINANET.IGNORE_IOF_THRESH is not None,
             "on_bad_image": cfg.DATALOADER.ON_BAD_IMAGE,

@@ -8,6 +8,7 @@ with some dozen anchors instead of 200,000.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,17 +88,19 @@ class AnchorGrid:
         divisibility: int,
         square: int = 0,
     ) -> AnchorGrid:
-        """Ask a generator for the anchors of 2 x 2 locations, which tell shapes and steps."""
-        features = [torch.empty(1, 1, 2, 2) for _ in names]
+        """Ask a generator for the anchors of a small image, which tell shapes and steps."""
+        # 2 x 2 locations on the last level, and no level with a size that was rounded up
+        sides = [max(2, 2 * math.lcm(*strides) // stride) for stride in strides]
+        features = [torch.empty(1, 1, side, side) for side in sides]
         cells, steps = [], []
-        for boxes in generator(features):
+        for side, boxes in zip(sides, generator(features)):
             anchors = boxes.tensor.double().numpy()
-            if anchors.shape[1] != _BOX_NUMBERS or len(anchors) % len(features[0].flatten()):
+            if anchors.shape[1] != _BOX_NUMBERS or len(anchors) % side**2:
                 raise ConfigError(
                     f"MODEL.ANCHOR_GENERATOR.NAME {type(generator).__name__}: its anchors are not "
                     "boxes of four numbers, so their fit cannot be measured"
                 )
-            anchors = anchors.reshape(2, 2, -1, 4)
+            anchors = anchors.reshape(side, side, -1, 4)[:2, :2]
             right, down = anchors[0, 1] - anchors[0, 0], anchors[1, 0] - anchors[0, 0]
             x, y = float(np.median(right[:, 0])), float(np.median(down[:, 1]))
             rounding = 1e-6 * max(1.0, np.abs(anchors).max())  # they are float32

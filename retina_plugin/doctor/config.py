@@ -88,7 +88,7 @@ def _check_pixels(cfg: CfgNode) -> Iterator[Finding]:
 
 def _check_anchors(cfg: CfgNode) -> Iterator[Finding]:
     generator, levels = cfg.MODEL.ANCHOR_GENERATOR, cfg.MODEL.RETINANET.IN_FEATURES
-    if generator.NAME != "DefaultAnchorGenerator":
+    if generator.NAME not in ("DefaultAnchorGenerator", "TorchvisionAnchorGenerator"):
         return
     for name in ("SIZES", "ASPECT_RATIOS"):
         given = generator[name]

@@ -16,7 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from retina_plugin.data import DATASET_MAPPER_REGISTRY, DatasetMapper, FastMapper
-from retina_plugin.data.images import BadImageError, FastResize, image_to_tensor, read_image
+from retina_plugin.data.images import BadImageError, image_to_tensor, read_image
+from retina_plugin.data.resizing import FastResize
 from retina_plugin.errors import ConfigError
 
 H, W = 120, 161  # an odd width cuts a chroma block

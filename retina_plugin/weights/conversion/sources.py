@@ -8,7 +8,7 @@ from torch import Tensor
 
 from retina_plugin.errors import ConfigError, check_choice
 
-from . import detectron, detectron2, imagenet, mmdetection
+from . import detectron, detectron2, imagenet, mmdetection, torchvision
 from .source import Source
 
 __all__ = ["SOURCES", "find_source", "get_source", "without_prefix"]
@@ -17,7 +17,8 @@ __all__ = ["SOURCES", "find_source", "get_source", "without_prefix"]
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 SOURCES = {
-    module.SOURCE.name: module.SOURCE for module in (detectron, detectron2, imagenet, mmdetection)
+    module.SOURCE.name: module.SOURCE
+    for module in (torchvision, detectron, mmdetection, detectron2, imagenet)
 }
 """Name, as ``--from`` takes it, -> source."""
 

@@ -1,0 +1,248 @@
+"""torchvision's RetinaNets: ``retinanet_resnet50_fpn``, its second version, and ones like them.
+
+The converted model computes what torchvision computes: same features, logits, deltas, detections
+and losses. The config has what differs from Detectron2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
+
+from retina_plugin.errors import ConfigError
+
+from .source import Converted, Source
+
+__all__ = ["SOURCE", "convert"]
+
+_LOGITS = "head.classification_head.cls_logits.weight"
+_DELTAS = "head.regression_head.bbox_reg.weight"
+_STEM, _P6 = "backbone.body.conv1.weight", "backbone.fpn.extra_blocks.p6.weight"
+
+# torchvision's sizes are whole numbers (`_default_anchorgen`), three a level, with three ratios.
+_SIZES = [
+    [size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))] for size in (32, 64, 128, 256, 512)
+]
+_NUM_SIZES, _NUM_RATIOS = 3, 3
+
+# Blocks of layer1 to layer4 and convs of a block -> depth.
+_DEPTHS: dict[tuple[int, ...], int] = {
+    (2, 2, 2, 2, 2): 18,
+    (3, 4, 6, 3, 2): 34,
+    (3, 4, 6, 3, 3): 50,
+    (3, 4, 23, 3, 3): 101,
+    (3, 8, 36, 3, 3): 152,
+}
+
+_EPS = 1e-5  # of batch norm in PyTorch and Detectron2
+
+_BLOCK_PARTS = {
+    "conv1": "conv1",
+    "conv2": "conv2",
+    "conv3": "conv3",
+    "bn1": "conv1.norm",
+    "bn2": "conv2.norm",
+    "bn3": "conv3.norm",
+    "downsample.0": "shortcut",
+    "downsample.1": "shortcut.norm",
+}
+
+
+def recognises(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are the names of a RetinaNet of torchvision, with or without a prefix."""
+    return any(name.endswith(_LOGITS) for name in state) and any(
+        name.endswith(_STEM) for name in state
+    )
+
+
+def convert(state: Mapping[str, Tensor], bn_eps: float | None = None) -> Converted:
+    """Convert the state dict of a RetinaNet of torchvision.
+
+    Args:
+        state: names and tensors of torchvision, of any version.
+        bn_eps: eps of its batch norms, which no file holds. torchvision sets it to 0 for the first
+            version's COCO weights, because they were trained before it had one (``overwrite_eps``),
+            and so for models that were fine-tuned from them. None takes 0 for the first version
+            with frozen batch norm and 1e-5 for all others. If you trained the first version from a
+            backbone's weights alone, set 1e-5.
+
+    Raises:
+        ConfigError: the model is not a ResNet or ResNeXt with levels P3 to P7 and nine anchors at a
+            location, or a name is unknown.
+
+    Example::
+
+        model = torchvision.models.detection.retinanet_resnet50_fpn_v2(weights="DEFAULT")
+        converted = convert(model.state_dict())
+        yaml.safe_dump(converted.config, open("v2.yaml", "w"))
+        torch.save({"model": converted.state}, "v2.pth")
+    """
+    state = _without_prefix(state)
+    num_anchors = len(state[_DELTAS]) // 4
+    if num_anchors != _NUM_SIZES * _NUM_RATIOS:
+        raise ConfigError(
+            f"{_DELTAS} is for {num_anchors} anchors at a location, torchvision's own RetinaNets "
+            "have 9: the anchors of others are not in their weights, so they cannot be converted"
+        )
+    is_v2 = "head.classification_head.conv.0.1.weight" in state
+    is_frozen = not any(name.endswith("num_batches_tracked") for name in state)
+    if bn_eps is None:
+        bn_eps = 0.0 if is_frozen and not is_v2 else _EPS
+    converted = {
+        _new_name(name, is_v2): _anchors_in_our_order(name, value, num_anchors)
+        for name, value in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    _fold_eps(converted, bn_eps)
+    for name, weight in list(converted.items()):  # GroupNorm follows convs without bias
+        if re.fullmatch(r"head\.\w+_subnet\.\d+\.weight", name) and weight.dim() == 4:
+            converted.setdefault(name.replace("weight", "bias"), weight.new_zeros(len(weight)))
+
+    num_classes = len(state[_LOGITS]) // num_anchors
+    categories = list(RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+    names = categories if num_classes == len(categories) else None
+    notes = [
+        f"batch norm's eps is not in the file; {bn_eps:g} was taken"
+        + (
+            ", as torchvision does for its COCO weights of the first version (bn_eps of "
+            "retina_plugin.weights.conversion.torchvision.convert sets another)"
+            if bn_eps == 0
+            else ""
+        ),
+        "classes have torchvision's numbers: 0 is its background, which is never a detection of "
+        "trained weights" + (", the others are COCO's category ids" if names else ""),
+    ]
+    return Converted(converted, _config(state, converted, num_classes, is_v2), names, notes)
+
+
+SOURCE = Source("torchvision", recognises, convert)
+
+
+def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what DistributedDataParallel and others put before every name."""
+    (found, *_) = [name for name in state if name.endswith(_LOGITS)] or [""]
+    prefix = found.removesuffix(_LOGITS)
+    plain = {name.removeprefix(prefix): value for name, value in state.items()}
+    for name in (_STEM, _P6, _LOGITS, _DELTAS):
+        if name not in plain:
+            raise ConfigError(
+                f"not a RetinaNet of torchvision with levels P3 to P7: it has no {name}"
+            )
+    return plain
+
+
+def _new_name(name: str, is_v2: bool) -> str:
+    body, fpn = r"backbone\.body\.", r"backbone\.fpn\."
+    parts = "|".join(map(re.escape, _BLOCK_PARTS))
+    if m := re.fullmatch(rf"{body}(conv1|bn1)\.(\w+)", name):
+        return f"backbone.bottom_up.stem.conv1.{'norm.' if m[1] == 'bn1' else ''}{m[2]}"
+    if m := re.fullmatch(rf"{body}layer([1-4])\.(\d+)\.({parts})\.(\w+)", name):
+        return f"backbone.bottom_up.res{int(m[1]) + 1}.{m[2]}.{_BLOCK_PARTS[m[3]]}.{m[4]}"
+    if m := re.fullmatch(rf"{fpn}(inner|layer)_blocks\.([0-2])(?:\.0)?\.(weight|bias)", name):
+        return f"backbone.fpn_{_FPN_PARTS[m[1]]}{int(m[2]) + 3}.{m[3]}"
+    if m := re.fullmatch(rf"{fpn}extra_blocks\.(p[67])\.(weight|bias)", name):
+        return f"backbone.top_block.{m[1]}.{m[2]}"
+    if m := re.fullmatch(
+        r"head\.(classification|regression)_head\.conv\.(\d)(?:\.([01]))?\.(weight|bias)", name
+    ):
+        # The first releases have conv.0, conv.2, ...: the ReLUs between them count.
+        index, part = (int(m[2]) // 2, 0) if m[3] is None else (int(m[2]), int(m[3]))
+        return f"head.{_SUBNETS[m[1]]}.{index * (3 if is_v2 else 2) + part}.{m[4]}"
+    if m := re.fullmatch(r"head\.classification_head\.cls_logits\.(weight|bias)", name):
+        return f"head.cls_score.{m[1]}"
+    if m := re.fullmatch(r"head\.regression_head\.bbox_reg\.(weight|bias)", name):
+        return f"head.bbox_pred.{m[1]}"
+    raise ConfigError(
+        f"{name} is not a name of torchvision's RetinaNets with a ResNet and levels P3 to P7: "
+        "other models cannot be converted"
+    )
+
+
+_FPN_PARTS = {"inner": "lateral", "layer": "output"}
+_SUBNETS = {"classification": "cls_subnet", "regression": "bbox_subnet"}
+
+
+def _anchors_in_our_order(name: str, value: Tensor, num_anchors: int) -> Tensor:
+    """The channels of the last convs; other tensors as they are.
+
+    The anchors of a location are ordered by ratio, then size, in torchvision; here by size first.
+    """
+    if "cls_logits" not in name and "bbox_reg." not in name:
+        return value
+    order = torch.arange(num_anchors).view(_NUM_RATIOS, _NUM_SIZES).T.flatten()
+    return value.unflatten(0, (num_anchors, -1))[order].flatten(0, 1)
+
+
+def _fold_eps(state: dict[str, Tensor], bn_eps: float) -> None:
+    """Change the weights of the batch norms so that Detectron2's eps gives the same map."""
+    if bn_eps == _EPS:
+        return
+    for name in [name for name in state if name.endswith("running_var")]:
+        variance = state[name].double()
+        if (variance + bn_eps <= 0).any():
+            raise ConfigError(
+                f"{name} has a variance of 0, which eps {bn_eps:g} makes infinite: the weights "
+                "were trained with another eps, pass it as bn_eps (PyTorch's is 1e-5)"
+            )
+        weight = name.replace("running_var", "weight")
+        factor = ((variance + _EPS) / (variance + bn_eps)).sqrt()
+        state[weight] = (state[weight].double() * factor).to(state[weight].dtype)
+
+
+def _config(
+    theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], num_classes: int, is_v2: bool
+) -> dict[str, Any]:
+    """What differs from ``retina_R50_800.yaml``."""
+    channels = len(theirs[_P6])
+    num_convs = sum(
+        1
+        for name, value in ours.items()
+        if name.startswith("head.cls_subnet.") and value.dim() == 4
+    )
+    retinanet: dict[str, Any] = {
+        "NUM_CLASSES": num_classes,
+        # torchvision's own rule: with as many channels in as out, P6 is computed from P5
+        "P6_SOURCE": "p5" if theirs[_P6].shape[1] == channels else "res5",
+        "NORM": "GN" if is_v2 else "",
+        "NUM_CONVS": num_convs,
+        "LOW_QUALITY_MATCHES": "always",
+        "SMOOTH_L1_LOSS_BETA": 0.0,
+        "BBOX_REG_LOSS_TYPE": "giou" if is_v2 else "smooth_l1",
+        "BOXES_OUTSIDE_TEST": "clip",
+    }
+    return {
+        "_BASE_": "retina_R50_800.yaml",
+        "MODEL": {
+            "PIXEL_MEAN": [123.675, 116.28, 103.53],
+            "PIXEL_STD": [58.395, 57.12, 57.375],
+            "RESNETS": _resnet(ours),
+            "FPN": {"OUT_CHANNELS": channels},
+            "ANCHOR_GENERATOR": {"NAME": "TorchvisionAnchorGenerator", "SIZES": _SIZES},
+            "RETINANET": retinanet,
+        },
+        "INPUT": {"FORMAT": "RGB", "RESIZE": "torchvision"},
+        "TEST": {"DETECTIONS_PER_IMAGE": 300},
+    }
+
+
+def _resnet(ours: Mapping[str, Tensor]) -> dict[str, Any]:
+    prefix = "backbone.bottom_up.res"
+    blocks = {m[0] for name in ours if (m := re.match(rf"{re.escape(prefix)}\d\.\d+\.", name))}
+    num_blocks = [sum(block.startswith(f"{prefix}{s}.") for block in blocks) for s in range(2, 6)]
+    num_convs = sum(f"{prefix}2.0.conv{i}.weight" in ours for i in (1, 2, 3))
+    depth = _DEPTHS.get((*num_blocks, num_convs))
+    if depth is None:
+        raise ConfigError(
+            f"its backbone has {num_blocks} blocks of {num_convs} convs: known are ResNet-18, 34, "
+            "50, 101 and 152 and ResNeXts of these depths"
+        )
+    resnet: dict[str, Any] = {"DEPTH": depth, "STRIDE_IN_1X1": False}
+    out_channels, group_width = ours[f"{prefix}2.0.conv2.weight"].shape[:2]
+    if num_convs == 2:
+        return {**resnet, "RES2_OUT_CHANNELS": out_channels}
+    return {**resnet, "NUM_GROUPS": out_channels // group_width, "WIDTH_PER_GROUP": group_width}
