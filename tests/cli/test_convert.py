@@ -91,7 +91,7 @@ def test_unusable_inputs_are_one_line(weights, tmp_path, error):
     (tmp_path / "empty.pth").touch()
     line = error(tmp_path / "other.pth", "--output", output)
     assert "it has 2 tensors (a.weight, b .bias, ...), and known are RetinaNets of " in line
-    assert "imagenet, mmdetection): choose with --from" in error(
+    assert "(mmdetection, imagenet): choose with --from" in error(
         tmp_path / "both.pth", "--output", output
     )
     assert "cannot read" in error(tmp_path / "no.pth", "--output", output)

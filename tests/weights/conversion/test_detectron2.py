@@ -26,7 +26,6 @@ def zoo_cfg(norm="", groups=1, classes=80):
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = groups == 1
     cfg.MODEL.FPN.OUT_CHANNELS = 64  # GN has 32 groups
     cfg.MODEL.RETINANET.NORM, cfg.MODEL.RETINANET.NUM_CLASSES = norm, classes
-    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
     if groups > 1:
         cfg.MODEL.PIXEL_STD = [57.375, 57.12, 58.395]
     return cfg
@@ -36,10 +35,9 @@ def zoo_cfg(norm="", groups=1, classes=80):
     ("norm", "groups", "classes", "suffix"),
     [("", 1, 80, ".pkl"), ("GN", 1, 7, ".pth"), ("BN", 4, 80, ".pth")],
 )
-def test_detections_are_detectron2s(tmp_path, norm, groups, classes, suffix):
+def test_network_is_detectron2s(tmp_path, norm, groups, classes, suffix):
     """Of its own model with its config, on its zoo's files and its trainer's."""
     theirs = build_detectron2(zoo_cfg(norm, groups, classes)).eval()
-    torch.nn.init.normal_(theirs.head.cls_score.weight)  # scores without ties
     state, path = theirs.state_dict(), tmp_path / f"model_final{suffix}"
     if suffix == ".pkl":
         arrays = {k: v.numpy() for k, v in state.items()}
@@ -48,21 +46,31 @@ def test_detections_are_detectron2s(tmp_path, norm, groups, classes, suffix):
         torch.save({"model": state, "iteration": 1}, path)
     converted = convert_file(path, tmp_path / "ours.safetensors")
     assert (converted.class_names is not None) == (classes == 80)
-    opts = ["MODEL.DEVICE", "cpu", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
-    # one image; "keep" is Detectron2's order
-    opts += ["MODEL.RETINANET.BOXES_OUTSIDE_TEST", "keep"]
-    cfg = setup_cfg(str(tmp_path / "ours.yaml"), opts)
+    cfg = setup_cfg(str(tmp_path / "ours.yaml"), ["MODEL.DEVICE", "cpu"])
     assert cfg.MODEL.RETINANET.NUM_CLASSES == classes
     ours = build_detectron2(cfg).eval()
     checkpointer = Checkpointer(ours)
     checkpointer.load(cfg.MODEL.WEIGHTS)
     checkpointer.check_complete()
-    image = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8)
-    with torch.no_grad():
-        a, b = (model([{"image": image}])[0]["instances"] for model in (theirs, ours))
-    assert len(a) > 0
-    assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
-    assert torch.equal(a.scores, b.scores) and torch.equal(a.pred_classes, b.pred_classes)
+    image = [{"image": torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8)}]
+    for x, y in zip(network_outputs(theirs, image), network_outputs(ours, image), strict=True):
+        assert torch.equal(x, y)
+    theirs_cfg = zoo_cfg()
+    for key in ("SCORE_THRESH_TEST", "NMS_THRESH_TEST", "TOPK_CANDIDATES_TEST"):
+        assert cfg.MODEL.RETINANET[key] == theirs_cfg.MODEL.RETINANET[key]
+    for key in ("FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
+        assert cfg.INPUT[key] == theirs_cfg.INPUT[key]
+
+
+@torch.no_grad()
+def network_outputs(model, inputs):
+    """The normalised image, anchors, logits and deltas of all levels: what detections come of."""
+    images = model.preprocess_image(inputs)
+    features = model.backbone(images.tensor)
+    features = [features[f"p{level}"] for level in range(3, 8)]
+    anchors = [boxes.tensor for boxes in model.anchor_generator(features)]
+    logits, deltas = model.head(features)
+    return [images.tensor, *anchors, *logits, *deltas]
 
 
 def test_other_anchors_are_refused():
