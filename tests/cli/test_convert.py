@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from retina_plugin.cli import main
 from retina_plugin.cli.convert import check_written
+from retina_plugin.engine import setup_cfg
 from retina_plugin.errors import ConfigError
 from retina_plugin.weights import Checkpointer, read_checkpoint
 
@@ -124,3 +125,24 @@ def test_foreign_retinanet_as_weights_asks_for_convert(tiny_cfg, tmp_path):
     torch.save({"state_dict": {"bbox_head.retina_cls.weight": torch.ones(1)}}, tmp_path / "a.pth")
     with pytest.raises(ConfigError, match=r"mmdetection's RetinaNet.*run `retina convert"):
         Checkpointer(Trainer.build_model(tiny_cfg)).load(str(tmp_path / "a.pth"))
+
+
+def test_checkpoint_of_a_training_keeps_its_config_but_no_imports(tiny_cfg, tmp_path, capsys):
+    """What a file of weights names is not imported."""
+    from retina_plugin.engine import Trainer
+
+    (tmp_path / "evil.py").write_text("raise SystemExit('it was run')")
+    tiny_cfg.IMPORTS = (str(tmp_path / "evil.py"),)
+    model = Trainer.build_model(tiny_cfg)
+    saver = Checkpointer(model, str(tmp_path))
+    saver.class_names = list("0123456789")
+    saver.save("model_final", resume={"config": tiny_cfg.dump()})
+    main(
+        ["convert", str(tmp_path / "model_final.pth"), "--output", str(tmp_path / "a.safetensors")]
+    )
+    printed = capsys.readouterr().out
+    assert "Classes  10 (0, 1, 2, ...)" in printed and "IMPORTS are left out" in printed
+    cfg = setup_cfg(str(tmp_path / "a.yaml"))
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == tiny_cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    assert cfg.MODEL.WEIGHTS == str(tmp_path / "a.safetensors") and not cfg.IMPORTS
+    assert read_checkpoint(tmp_path / "a.safetensors")["class_names"] == list("0123456789")
