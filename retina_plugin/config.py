@@ -264,8 +264,9 @@ DETECTRON2_KEYS: dict[str, Key] = {
         "Height over width of the anchors of a location.", section="4 Anchors, 5.2, Table 1c"
     ),
     "MODEL.ANCHOR_GENERATOR.NAME": Key(
-        "`DefaultAnchorGenerator` (Detectron2's), or `TorchvisionAnchorGenerator` (torchvision's: "
-        "whole pixels, and another distance of the locations where a level's size is rounded up).",
+        "`DefaultAnchorGenerator` (Detectron2's), `TorchvisionAnchorGenerator` (torchvision's: "
+        "whole pixels, and another distance of the locations where a level's size is rounded up), "
+        "or `DetectronAnchorGenerator` (Detectron's: rounded sides).",
         section="4 Anchors",
     ),
     "MODEL.ANCHOR_GENERATOR.SIZES": Key(

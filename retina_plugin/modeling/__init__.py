@@ -1,6 +1,6 @@
 """The detector and its parts; importing this registers them with Detectron2."""
 
-from .anchors import TorchvisionAnchorGenerator
+from .anchors import DetectronAnchorGenerator, TorchvisionAnchorGenerator
 from .backbone import build_retina_fpn_backbone
 from .contracts import BoxCoder, Inference, Labeler, Matcher, Matches, Sample, Sampler
 from .detector import FocalRetinaNet
@@ -19,6 +19,7 @@ __all__ = [
     "AnchorLabeler",
     "AnchorMatcher",
     "BoxCoder",
+    "DetectronAnchorGenerator",
     "FocalRetinaNet",
     "Inference",
     "Labeler",

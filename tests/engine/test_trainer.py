@@ -1,9 +1,11 @@
 """Trainings of a few iterations: checkpoints, resuming, the best checkpoint, progress, results."""
 
+import copy
 import io
 import itertools
 import json
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -24,6 +26,7 @@ from retina_plugin.data import DATASET_MAPPER_REGISTRY
 from retina_plugin.engine import Trainer, report
 from retina_plugin.engine.hooks import Progress
 from retina_plugin.errors import ConfigError
+from retina_plugin.weights import read_checkpoint
 
 
 class Stop(Exception):
@@ -547,3 +550,51 @@ def test_vis_period_counts_iterations(tiny_cfg, period, iteration, shown):
     tiny_cfg.VIS_PERIOD = period
     batch = next(iter(Trainer.build_train_loader(tiny_cfg)))
     assert (picture(tiny_cfg, batch, iteration) is not None) == shown
+
+
+def test_checkpoints_carry_the_class_names_and_give_them_to_another_dataset(tiny_cfg, log):
+    """From a training on the digits to one on half of them, in another order."""
+    tiny_cfg.SOLVER.MAX_ITER = 1
+    trainer = Trainer(tiny_cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    names = MetadataCatalog.get("digits_scenes_train").thing_classes
+    path = os.path.join(tiny_cfg.OUTPUT_DIR, "model_final.pth")
+    assert read_checkpoint(path)["class_names"] == list(names)
+
+    register_half_of_the_digits(names)
+    try:
+        cfg = tiny_cfg.clone()
+        cfg.DATASETS.TRAIN, cfg.MODEL.RETINANET.NUM_CLASSES = ("half_of_the_digits",), 5
+        cfg.DATASETS.TEST = ()
+        cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = path, os.path.join(tiny_cfg.OUTPUT_DIR, "half")
+        other = Trainer(cfg)
+        log.clear()
+        other.resume_or_load(resume=False)
+    finally:
+        DatasetCatalog.remove("half_of_the_digits")
+        MetadataCatalog.remove("half_of_the_digits")
+    said = [r.getMessage() for r in log.records if "cls_score" in r.getMessage()]
+    kept = ", ".join(list(names)[8:3:-2])
+    assert said == [f"cls_score: 5 of 5 classes kept by name ({kept}, ...), 0 new"]
+    for part in ("weight", "bias"):
+        old = getattr(trainer.model.head.cls_score, part).unflatten(0, (9, 10))
+        new = getattr(other.model.head.cls_score, part).unflatten(0, (9, 5))
+        assert torch.equal(new, old[:, [8, 6, 4, 2, 0]])
+
+
+def register_half_of_the_digits(names):
+    """The even digits, backwards."""
+    order = {8: 0, 6: 1, 4: 2, 2: 3, 0: 4}
+
+    def records():
+        found = copy.deepcopy(DatasetCatalog.get("digits_scenes_train"))
+        for record in found:
+            objects = [x for x in record["annotations"] if x["category_id"] in order]
+            for x in objects:
+                x["category_id"] = order[x["category_id"]]
+            record["annotations"] = objects
+        return found
+
+    DatasetCatalog.register("half_of_the_digits", records)
+    MetadataCatalog.get("half_of_the_digits").set(thing_classes=[names[i] for i in order])

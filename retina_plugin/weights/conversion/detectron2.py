@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
 from torch import Tensor
 
 from retina_plugin.errors import ConfigError
@@ -13,7 +14,7 @@ from retina_plugin.errors import ConfigError
 from .resnets import resnet_config
 from .source import Converted, Source, coco_names
 
-__all__ = ["SOURCE"]
+__all__ = ["SOURCE", "of_a_training"]
 
 _P6 = "backbone.top_block.p6.weight"
 _REQUIRED = ("head.cls_score.weight", "head.bbox_pred.weight", "backbone.fpn_lateral5.weight", _P6)
@@ -66,6 +67,25 @@ def _convert(state: Mapping[str, Tensor]) -> Converted:
     }
     base = ["retina_R50_800.yaml", "_base_/protocol_detectron2.yaml"]
     return Converted(converted, {"_BASE_": base, "MODEL": model}, names, notes)
+
+
+def of_a_training(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> Converted | None:
+    """A checkpoint of this plugin's trainer, which holds its config; None if it is none."""
+    resume = checkpoint.get("resume")
+    text = resume.get("config") if isinstance(resume, Mapping) else None
+    if not isinstance(text, str) or not _recognises(state):
+        return None
+    try:
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("MODEL"), dict):
+        return None
+    notes = ["The config is that of the training, from the checkpoint."]
+    if config.pop("IMPORTS", None):  # a file of weights may not choose what is run
+        notes.append("Its IMPORTS are left out: add those that you trust.")
+    config.pop("OUTPUT_DIR", None)
+    return Converted(dict(state), config, None, notes)
 
 
 _CONV = re.compile(r"head\.cls_subnet\.(\d+)\.weight")

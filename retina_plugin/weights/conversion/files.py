@@ -18,6 +18,7 @@ from retina_plugin.cache import atomic_write
 from retina_plugin.errors import ConfigError, one_line
 
 from ..reading import read_checkpoint
+from . import detectron2
 from .source import Converted, Source
 from .sources import SOURCES, find_source, get_source, without_prefix
 
@@ -71,7 +72,7 @@ def convert_weights(path: str | os.PathLike, source: str | None = None) -> tuple
             raise ConfigError(_unknown(state))
         if not known.recognises(state):
             raise ConfigError(f"these are not the names of {known.name}: {_unknown(state)}")
-        converted = known.convert(state)
+        converted = detectron2.of_a_training(checkpoint, state) or known.convert(state)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     names = checkpoint.get("class_names")

@@ -18,7 +18,7 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 SOURCES = {
     module.SOURCE.name: module.SOURCE
-    for module in (detectron, detectron2, imagenet, mmdetection, torchvision)
+    for module in (torchvision, detectron, mmdetection, detectron2, imagenet)
 }
 """Name, as ``--from`` takes it, -> source."""
 
