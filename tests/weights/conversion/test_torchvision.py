@@ -411,7 +411,7 @@ def test_eps_is_that_of_the_published_weights_unless_given(of_18_layers):
     assert "; 1e-05 was taken" in convert(counted).notes[0]
 
     state = {**state, "backbone.body.bn1.running_var": torch.zeros(64)}
-    with pytest.raises(ConfigError, match="bn1|stem.conv1.norm.running_var has a variance of 0"):
+    with pytest.raises(ConfigError, match="stem.conv1.norm.running_var has a variance of 0"):
         convert(state)
     assert convert(state, bn_eps=1e-5).state
 
@@ -440,7 +440,7 @@ def test_what_cannot_be_converted_is_one_line(of_18_layers):
             **state,
             "backbone.body.layer1.0.se.weight": torch.zeros(1),
         },
-        r"blocks_3|inner_blocks.3.0.weight is not a name": {
+        r"inner_blocks.3.0.weight is not a name": {
             **state,
             "backbone.fpn.inner_blocks.3.0.weight": torch.zeros(1),
         },
