@@ -20,14 +20,18 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 from torch import nn
 from torchvision.models.detection import (
+    RetinaNet,
     retinanet_resnet50_fpn,
     retinanet_resnet50_fpn_v2,
 )
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from retina_plugin.data import FastMapper
 from retina_plugin.doctor.config import check_config
 from retina_plugin.engine import setup_cfg
+from retina_plugin.errors import ConfigError
 from retina_plugin.weights.conversion.torchvision import SOURCE, convert
 
 A = 9
@@ -192,13 +196,24 @@ class Comparison:
         )
 
 
-def largest_box_difference(found, expected):
-    """In pixels, after comparing numbers and order of the detections."""
-    assert [len(x) for x in found] == [len(x["boxes"]) for x in expected]
-    assert all(torch.equal(x.pred_classes, y["labels"]) for x, y in zip(found, expected))
-    return max(
-        float((x.pred_boxes.tensor - y["boxes"]).abs().max()) for x, y in zip(found, expected)
-    )
+def agreement(found, expected):
+    """How far detections agree that differ by rounding: (how many, of how many, pixels).
+
+    Almost equal scores may change places, and the last detections may fall out. So each of
+    torchvision's is compared with our nearest of its class and score; those within .1 pixels agree.
+    The third number is the largest difference of these.
+    """
+    distances = []
+    for x, y in zip(found, expected):
+        assert len(x) == len(y["boxes"])
+        distance = (y["boxes"][:, None] - x.pred_boxes.tensor).abs().amax(dim=2)
+        same = y["labels"][:, None] == x.pred_classes
+        same &= (y["scores"][:, None] - x.scores).abs() < 1e-3
+        distances.append(torch.where(same, distance, torch.inf).amin(dim=1))
+    near = torch.cat(distances)
+    agreeing = near[near < 0.1]
+    assert len(agreeing) >= 0.99 * len(near)
+    return len(agreeing), len(near), round(float(agreeing.max()), 5)
 
 
 def assert_equal(found, expected):
@@ -270,24 +285,195 @@ def check(version, sizes, shapes, folder):
         assert min(len(x["boxes"]) for x in compared.expected_found) > 50
         assert_equal(compared.detections(compared.their_head_output()), compared.expected_found)
         numbers = compared.differences()
-        numbers["boxes"] = largest_box_difference(compared.detections(), compared.expected_found)
-        if version != "v1 without eps":
+        numbers["detections"] = agreement(compared.detections(), compared.expected_found)
+        if version == "v1 without eps":  # folded: the features differ by their rounding
+            assert max(numbers["features"], numbers["logits"], numbers["deltas"]) < 2e-4
+        else:
+            assert numbers["features"] == numbers["logits"] == numbers["deltas"] == 0
             assert_equal(compared.detections(), compared.expected_found)
-        report.append(([tuple(i.shape[1:]) for i in images], numbers))
+        what = " and ".join("x".join(map(str, i.shape[1:])) for i in images)
+        report.append((f"{what}, largest relative differences", numbers))
     images = batches[-1]
     for name, expected, got in zip(("loss_cls", "loss_box_reg"), *losses(theirs, ours, images)):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
-        report.append((name, float((got - expected).abs() / expected)))
+        report.append((f"{name}, relative difference", float((got - expected).abs() / expected)))
     for shape in shapes:
         image = picture(*shape, 9)
         with torch.no_grad():
             expected = theirs([image])
         found = detect_file(ours, cfg, image, sizes, folder)
-        report.append(("file", shape, largest_box_difference(found, expected)))
+        what = f"file of {shape[0]}x{shape[1]} through the mapper, detections"
+        report.append((what, agreement(found, expected)))
     return report
 
 
+def show(version, report):
+    for what, numbers in report:
+        print(f"torchvision {version}, {what}: {numbers}")
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_all_stages_of_a_small_image(version, tmp_path):
+    show(version, check(version, SIZES, [(150, 240)], tmp_path))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("version", MAKERS)
-def test_one(version, tmp_path):
-    for line in check(version, SIZES, [(150, 240)], tmp_path):
-        print(line)
+def test_all_stages(version, tmp_path):
+    """Landscape, portrait, and a size that is not changed; each alone, and two in a batch.
+
+    An image of 320 x 480 has 5 x 8 locations on P6, so these lie 64 x 60 pixels apart.
+    """
+    show(version, check(version, LARGE, [(320, 480), (431, 287), (300, 450)], tmp_path))
+
+
+# A model of torchvision's parts on a small backbone, which is built and run in moments.
+
+
+def small(p6_channels=256):
+    """A RetinaNet of five classes on a ResNet-18 without eps."""
+    torch.manual_seed(2)
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18",
+        weights=None,
+        norm_layer=partial(FrozenBatchNorm2d, eps=0.0),
+        returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(p6_channels, 256),
+    )
+    model = RetinaNet(backbone, 5, **SIZES).eval()
+    for module in backbone.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.running_var.uniform_(1e-4, 0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def of_18_layers():
+    return small()
+
+
+def old_names(state):
+    """Those of torchvision before 0.13 and 0.15: no Conv2dNormActivation in the head and FPN."""
+    renamed = {}
+    for name, value in state.items():
+        if "_head.conv." in name:
+            start, index, _, leaf = name.rsplit(".", 3)
+            name = f"{start}.{2 * int(index)}.{leaf}"
+        if "inner_blocks" in name or "layer_blocks" in name:
+            name = name.replace(".0.weight", ".weight").replace(".0.bias", ".bias")
+            name = name.replace("blocks.weight", "blocks.0.weight")
+            name = name.replace("blocks.bias", "blocks.0.bias")
+        renamed[name] = value
+    return renamed
+
+
+def test_names_of_old_releases_and_prefixes_give_the_same_weights(of_18_layers):
+    state = of_18_layers.state_dict()
+    old = old_names(state)
+    assert "head.regression_head.conv.6.bias" in old and "backbone.fpn.inner_blocks.2.bias" in old
+    assert not old.keys() & {"head.regression_head.conv.3.0.bias"}
+    expected = convert(state).state
+    for other in (old, {f"module.{name}": value for name, value in state.items()}):
+        assert SOURCE.recognises(other)
+        got = convert(other).state
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("source, channels", [("p5", 256), ("res5", 512)])
+def test_own_number_of_classes_and_depth(source, channels, tmp_path):
+    """The classes keep torchvision's numbers; without eps, which is folded into the weights."""
+    theirs = small(p6_channels=channels)
+    ours, cfg = ours_of(theirs.state_dict(), tmp_path)
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 5 and cfg.MODEL.RETINANET.P6_SOURCE == source
+    assert cfg.MODEL.RESNETS.DEPTH == 18
+    compared = Comparison(theirs, ours, [picture(150, 240, 5)])
+    assert max(compared.differences().values()) < 1e-4
+    compared.assert_anchors_equal()
+    converted = convert(theirs.state_dict())
+    assert converted.class_names is None
+    assert "0 is its background" in converted.notes[1] and "COCO" not in converted.notes[1]
+
+
+def test_eps_is_that_of_the_published_weights_unless_given(of_18_layers):
+    """0 for frozen norms of the first version: another one gives other features."""
+    state = of_18_layers.state_dict()
+    weight = "backbone.bottom_up.stem.conv1.norm.weight"
+    theirs, variance = state["backbone.body.bn1.weight"], state["backbone.body.bn1.running_var"]
+    factor = ((variance.double() + 1e-5) / variance.double()).sqrt()
+    assert factor.max() > 1.0001
+    assert torch.equal(convert(state).state[weight], (theirs.double() * factor).float())
+    assert torch.equal(convert(state, bn_eps=1e-5).state[weight], theirs)
+    assert "; 0 was taken" in convert(state).notes[0]
+    # a norm that counts its batches is not frozen, and overwrite_eps does not change it
+    counted = {**state, "backbone.body.bn1.num_batches_tracked": torch.tensor(0)}
+    assert torch.equal(convert(counted).state[weight], theirs)
+    assert "; 1e-05 was taken" in convert(counted).notes[0]
+
+    state = {**state, "backbone.body.bn1.running_var": torch.zeros(64)}
+    with pytest.raises(ConfigError, match="stem.conv1.norm.running_var has a variance of 0"):
+        convert(state)
+    assert convert(state, bn_eps=1e-5).state
+
+
+def test_names_of_the_91_classes(of_18_layers):
+    state = {**of_18_layers.state_dict()}
+    for leaf, shape in (("weight", (9 * 91, 256, 3, 3)), ("bias", (9 * 91,))):
+        state[f"head.classification_head.cls_logits.{leaf}"] = torch.zeros(shape)
+    converted = convert(state)
+    assert converted.class_names[:2] == ["__background__", "person"]
+    assert converted.class_names[90] == "toothbrush" and len(converted.class_names) == 91
+    assert "COCO's category ids" in converted.notes[1]
+
+
+def test_what_cannot_be_converted_is_one_line(of_18_layers):
+    state = of_18_layers.state_dict()
+
+    def without(text):
+        return {name: value for name, value in state.items() if text not in name}
+
+    deltas = "head.regression_head.bbox_reg.weight"
+    cases = {
+        r"P3 to P7: it has no backbone.fpn.extra_blocks.p6.weight": without("extra_blocks"),
+        r"is for 3 anchors at a location": {**state, deltas: torch.zeros(12, 256, 3, 3)},
+        r"backbone.body.layer1.0.se.weight is not a name": {
+            **state,
+            "backbone.body.layer1.0.se.weight": torch.zeros(1),
+        },
+        r"inner_blocks.3.0.weight is not a name": {
+            **state,
+            "backbone.fpn.inner_blocks.3.0.weight": torch.zeros(1),
+        },
+        r"its backbone has \[2, 2, 2, 1\] blocks of 2 convs": without("layer4.1."),
+    }
+    for message, bad in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            convert(bad)
+    for other in ({}, {"head.cls_score.weight": torch.zeros(1)}, without("cls_logits")):
+        assert not SOURCE.recognises(other)
+        with pytest.raises(ConfigError, match="not a RetinaNet of torchvision"):
+            convert(other)
+
+
+def test_converting_changes_no_given_tensor(of_18_layers):
+    state = of_18_layers.state_dict()
+    before = {name: value.clone() for name, value in state.items()}
+    convert(state)
+    assert state.keys() == before.keys()
+    assert all(torch.equal(state[name], value) for name, value in before.items())
+
+
+def test_more_layers_and_groups(tmp_path):
+    """ResNeXt, whose groups are read from the shapes."""
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnext50_32x4d",
+        weights=None,
+        returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(256, 256),
+    )
+    theirs = RetinaNet(backbone, 3, **SIZES).eval()
+    ours, cfg = ours_of(theirs.state_dict(), tmp_path)
+    resnets = cfg.MODEL.RESNETS
+    assert (resnets.DEPTH, resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP) == (50, 32, 4)
+    compared = Comparison(theirs, ours, [picture(90, 90, 5)])
+    assert max(compared.differences().values()) < 1e-3
