@@ -90,6 +90,7 @@ def test_every_key_is_read(tiny_cfg, monkeypatch):
                 use(cfg)
             set_key(cfg, key, default)
         cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION = True, "bfloat16"
+        cfg.TEST.AUG.ENABLED, cfg.TEST.AUG.MIN_SIZES = True, (64,)
         Trainer.test(cfg, Trainer(cfg).model)
         # what only the command reads, before it starts the processes
         patch.setattr(train_command, "setup_cfg", lambda file, opts: cfg)

@@ -8,6 +8,7 @@ from .labeling import AnchorLabeler
 from .matcher import AnchorMatcher
 from .normalizer import LossNormalizer
 from .sampling import ANCHOR_SAMPLER_REGISTRY, OHEM, AllAnchors
+from .test_time_augmentation import RetinaNetWithTTA
 
 __all__ = [
     "ANCHOR_SAMPLER_REGISTRY",
@@ -24,6 +25,7 @@ __all__ = [
     "Matcher",
     "Matches",
     "RetinaHead",
+    "RetinaNetWithTTA",
     "Sample",
     "Sampler",
     "build_retina_fpn_backbone",
