@@ -235,6 +235,22 @@ KEYS: dict[str, Key] = {
         "checkpoint may take longer.",
         600,
     ),
+    "TEST.AUG.MERGE": Key(
+        "With `TEST.AUG.ENABLED`: how the detections of the views become those of the image. `wbf` "
+        "averages boxes of a class (weighted boxes fusion, arXiv:1910.13302); the others, see "
+        "`TEST.MERGE`, pool them. What overlaps is told by `MODEL.RETINANET.NMS_THRESH_TEST`.",
+        "wbf",
+        ("nms", "soft_nms", "class_agnostic", "wbf"),
+    ),
+    "TEST.MERGE": Key(
+        "What becomes of boxes that overlap more than `MODEL.RETINANET.NMS_THRESH_TEST`. `nms`: "
+        "the best of each class stays. `soft_nms`: the others of the class get lower scores "
+        "(Gaussian, sigma .5, arXiv:1704.04503; it has no threshold). `class_agnostic`: the best "
+        "of all classes stays. `wbf`: those of a class are averaged (see `TEST.AUG.MERGE`).",
+        "nms",
+        ("nms", "soft_nms", "class_agnostic", "wbf"),
+        "4.1 Inference",
+    ),
     "TEST.PRECISION": Key(
         "Precision of inference. Decoding and NMS are always float32.",
         "float32",

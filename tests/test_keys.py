@@ -95,6 +95,7 @@ def test_every_key_is_read(tiny_cfg, monkeypatch):
         build_model(cfg)
         cfg.MODEL.BACKBONE.NAME = backbone
         cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION = True, "bfloat16"
+        cfg.TEST.AUG.ENABLED, cfg.TEST.AUG.MIN_SIZES = True, (64,)
         Trainer.test(cfg, Trainer(cfg).model)
         # what only the command reads, before it starts the processes
         patch.setattr(train_command, "setup_cfg", lambda file, opts: cfg)

@@ -46,6 +46,7 @@ def check_config(cfg: CfgNode, eval_only: bool = False) -> Iterator[Finding]:
         (_check_iou_labels, True),
         (_check_training_sizes, True),
         (_check_loss, True),
+        (_check_views, False),
         (_check_roi_heads, False),
     ]
     for check, training in checks:
@@ -209,6 +210,17 @@ def _check_loss(cfg: CfgNode) -> Iterator[Finding]:
             key,
             "writes gradients before they are scaled, and float16 cannot hold those",
             "set SOLVER.AMP.PRECISION bfloat16, or LOSS_IN_PLACE False",
+        )
+
+
+def _check_views(cfg: CfgNode) -> Iterator[Finding]:
+    aug = cfg.TEST.AUG
+    if aug.ENABLED and aug.FLIP and cfg.INPUT.RANDOM_FLIP == "none":
+        yield Finding(
+            Severity.WARNING,
+            "TEST.AUG.FLIP",
+            "detects in mirrored images too, but with INPUT.RANDOM_FLIP none the training has none",
+            "set TEST.AUG.FLIP False",
         )
 
 

@@ -76,6 +76,8 @@ _INCREASING = _Need(
     ),
 )
 
+_BOOL = _Need("True or False", lambda v: isinstance(v, bool))
+
 # What training and evaluation need.
 _ALWAYS: dict[str, _Need] = {
     "DATALOADER.NUM_WORKERS": _whole(0),
@@ -99,7 +101,17 @@ _ALWAYS: dict[str, _Need] = {
     "MODEL.RETINANET.PRIOR_PROB": _number("above 0 and below 1", lambda v: 0 < v < 1),
     "MODEL.RETINANET.SCORE_THRESH_TEST": _number("from 0 to below 1", lambda v: 0 <= v < 1),
     "MODEL.RETINANET.TOPK_CANDIDATES_TEST": _whole(1),
+    "TEST.AUG.ENABLED": _BOOL,
     "TEST.DETECTIONS_PER_IMAGE": _whole(1),
+}
+
+# What both need where another key asks for it: (key, its value) -> what it needs.
+_ALWAYS_WHERE: dict[tuple[str, Any], dict[str, _Need]] = {
+    ("TEST.AUG.ENABLED", True): {
+        "TEST.AUG.FLIP": _BOOL,
+        "TEST.AUG.MAX_SIZE": _whole(1),
+        "TEST.AUG.MIN_SIZES": _list_of(_whole(1)),
+    },
 }
 
 # What only a training needs.
@@ -196,6 +208,7 @@ _WHERE: dict[tuple[str, Any], dict[str, _Need]] = {
 # What to set instead, where it does not follow from the rule.
 _FIXES = {
     "SOLVER.CHECKPOINT_PERIOD": "to save at the end only, set it to SOLVER.MAX_ITER",
+    "TEST.AUG.MIN_SIZES": "name the shorter sides of the views",
     "TEST.EVAL_PERIOD": "0 evaluates at the end only",
 }
 
@@ -207,15 +220,13 @@ def check_values(cfg: CfgNode, eval_only: bool) -> Iterator[Finding]:
         eval_only: leave out what only a training reads.
     """
     flat = flatten(cfg)
-    needs = dict(_ALWAYS)
-    if not eval_only:
-        needs |= _TRAINING
-        for (key, value), where in _WHERE.items():
-            if flat.get(key) == value:
-                needs |= where
-                for missing in where.keys() - flat.keys():
-                    what = f"is not in the config, but {key} {value} reads it"
-                    yield Finding(Severity.ERROR, missing, what, "add it")
+    needs = _ALWAYS | ({} if eval_only else _TRAINING)
+    for (key, value), where in (_ALWAYS_WHERE | ({} if eval_only else _WHERE)).items():
+        if flat.get(key) == value:
+            needs |= where
+            for missing in where.keys() - flat.keys():
+                what = f"is not in the config, but {key} {value} reads it"
+                yield Finding(Severity.ERROR, missing, what, "add it")
     for key, need in needs.items():
         if key in flat and not _holds(need, flat[key]):
             yield Finding(

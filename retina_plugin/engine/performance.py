@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from retina_plugin.data.views import build_resizes
 from retina_plugin.errors import ConfigError
-from retina_plugin.modeling import TimmFeatures
+from retina_plugin.modeling import RetinaNetWithTTA, TimmFeatures
 
 __all__ = [
     "Autocast",
+    "build_detector",
     "checkpoint_activations",
     "inference_dtype",
     "prepare_model",
@@ -66,6 +68,16 @@ class Autocast(nn.Module):
             return self.model(batched_inputs)  # an autocast that the caller has entered stays
         with torch.autocast(self.device_type, self.dtype):
             return self.model(batched_inputs)
+
+
+def build_detector(cfg: CfgNode, model: nn.Module) -> Autocast:
+    """``model`` as it detects: in ``TEST.PRECISION``, and in the views of ``TEST.AUG``.
+
+    With ``TEST.AUG.ENABLED`` it takes images of their original size.
+    """
+    if cfg.TEST.AUG.ENABLED:
+        model = RetinaNetWithTTA.build(cfg, model, build_resizes(cfg))
+    return Autocast(model, torch.device(cfg.MODEL.DEVICE).type, inference_dtype(cfg))
 
 
 def prepare_model(

@@ -25,9 +25,9 @@ from PIL import Image
 from tabulate import tabulate
 from torch import nn
 
-from retina_plugin.data import DATASET_MAPPER_REGISTRY
+from retina_plugin.data.views import build_test_mapper
 
-from .performance import Autocast, inference_dtype
+from .performance import build_detector
 
 matplotlib.use("Agg")  # draws without a display
 import matplotlib.pyplot as plt
@@ -182,16 +182,14 @@ def _draw_detections(
     names = MetadataCatalog.get(name).get("thing_classes")
     dataset = DatasetCatalog.get(name)
     chosen = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).round().astype(int)
-    mapper = DATASET_MAPPER_REGISTRY.build(cfg, False)
+    mapper = build_test_mapper(cfg)
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     # Only this process draws, and DistributedDataParallel would wait for the others: unwrap it.
-    detector = Autocast(
-        getattr(model, "module", model), torch.device(cfg.MODEL.DEVICE).type, inference_dtype(cfg)
-    )
+    detector = build_detector(cfg, getattr(model, "module", model))
     for axis, index in zip(axes.flat, chosen):
         record = dataset[index]
         with inference_context(detector):

@@ -22,6 +22,7 @@ from torch import nn
 
 from retina_plugin.data import DATASET_MAPPER_REGISTRY
 from retina_plugin.data.loader import build_train_loader
+from retina_plugin.data.views import build_test_mapper
 from retina_plugin.evaluation import EVALUATOR_REGISTRY
 from retina_plugin.modeling.monitoring import LOG_PERIOD
 from retina_plugin.modeling.normalizer import LossNormalizer
@@ -31,7 +32,7 @@ from .checkpoint import Checkpoints, best_checkpoint
 from .checks import check_batch_size, check_num_classes, check_precision
 from .heartbeat import HeartbeatHook
 from .hooks import Evaluation, Progress, Results
-from .performance import Autocast, inference_dtype, prepare_model, training_dtype
+from .performance import build_detector, prepare_model, training_dtype
 from .resume import ResumableTrainer
 from .step import StepTrainer
 from .step_record import write_record
@@ -197,8 +198,7 @@ class Trainer(ResumableTrainer):
 
         It gives this process's part of the dataset.
         """
-        mapper = DATASET_MAPPER_REGISTRY.build(cfg, False)
-        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=build_test_mapper(cfg))
         check_num_classes(cfg, ("TEST",))
         return loader
 
@@ -209,14 +209,13 @@ class Trainer(ResumableTrainer):
         model: nn.Module,
         evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
     ) -> dict[str, Any]:
-        """Detectron2's evaluation on ``DATASETS.TEST``, with the model in ``TEST.PRECISION``.
+        """Detectron2's evaluation on ``DATASETS.TEST``, by :func:`.performance.build_detector`.
 
         Returns:
             {"bbox": {"AP": ..., ...}}, or with several test sets such a dict for each name.
         """
         check_precision(cfg, eval_only=True)
-        device_type = torch.device(cfg.MODEL.DEVICE).type
-        return super().test(cfg, Autocast(model, device_type, inference_dtype(cfg)), evaluators)
+        return super().test(cfg, build_detector(cfg, model), evaluators)
 
     @classmethod
     def build_evaluator(

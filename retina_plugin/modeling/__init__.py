@@ -9,6 +9,7 @@ from .labeling import AnchorLabeler
 from .matcher import AnchorMatcher
 from .normalizer import LossNormalizer
 from .sampling import ANCHOR_SAMPLER_REGISTRY, OHEM, AllAnchors
+from .test_time_augmentation import RetinaNetWithTTA
 from .timm_backbone import TimmFeatures, build_timm_retina_fpn_backbone
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Matcher",
     "Matches",
     "RetinaHead",
+    "RetinaNetWithTTA",
     "Sample",
     "Sampler",
     "TimmFeatures",

@@ -32,6 +32,7 @@ from .head import RETINANET_HEAD_REGISTRY
 from .inference import DenseInference, rescale_detections
 from .labeling import AnchorLabeler
 from .matcher import AnchorMatcher
+from .merging import build_merge
 from .monitoring import LOG_PERIOD, first_image, training_scalars
 from .normalizer import LossNormalizer
 from .sampling import ANCHOR_SAMPLER_REGISTRY
@@ -160,6 +161,7 @@ class FocalRetinaNet(DenseDetector):
                 topk_candidates=retinanet.TOPK_CANDIDATES_TEST,
                 nms_thresh=retinanet.NMS_THRESH_TEST,
                 max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+                merge=build_merge(cfg.TEST.MERGE, iou_thresh=retinanet.NMS_THRESH_TEST),
             ),
             "postprocess": (
                 rescale_detections

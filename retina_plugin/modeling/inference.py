@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,8 @@ class DenseInference:
         topk_candidates: predictions of a level that are decoded (1000).
         nms_thresh: IoU above which NMS drops the lower-scored of two boxes of a class (.5).
         max_detections: most detections of an image (100, COCO's limit).
+        merge: (boxes, scores, classes) of the candidates -> those of the detections, by decreasing
+            score. None: NMS by class with ``nms_thresh``.
         boxes_outside: "keep", "drop" or "clip", see above.
         strides: of each level in pixels, for "drop". Without them all locations give candidates,
             which is right where an image alone is padded as in any batch.
@@ -65,6 +67,7 @@ class DenseInference:
         topk_candidates: int = 1000,
         nms_thresh: float = 0.5,
         max_detections: int = 100,
+        merge: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
         boxes_outside: str = "keep",
         strides: Sequence[int] = (),
         size_divisibility: int = 0,
@@ -77,6 +80,7 @@ class DenseInference:
         self.topk_candidates = topk_candidates
         self.nms_thresh = nms_thresh
         self.max_detections = max_detections
+        self.merge = merge or self._nms
         self.boxes_outside = boxes_outside
         self.strides = tuple(strides)
         self.size_divisibility = max(1, size_divisibility)
@@ -126,17 +130,21 @@ class DenseInference:
         boxes, scores, classes = boxes[finite], scores[finite], classes[finite]
         if self.boxes_outside == "clip":
             boxes = _clip(boxes, image_size)
-        keep = batched_nms(boxes, scores, classes, self.nms_thresh)
+        boxes, scores, classes = self.merge(boxes, scores, classes)
         if self.boxes_outside == "drop":
-            x1, y1, x2, y2 = _clip(boxes[keep], image_size).unbind(1)
-            keep = keep[(x1 < x2) & (y1 < y2)]
-        keep = keep[: self.max_detections]
+            x1, y1, x2, y2 = _clip(boxes, image_size).unbind(1)
+            inside = (x1 < x2) & (y1 < y2)
+            boxes, scores, classes = boxes[inside], scores[inside], classes[inside]
         return Instances(
             image_size,
-            pred_boxes=Boxes(boxes[keep]),
-            scores=scores[keep],
-            pred_classes=classes[keep],
+            pred_boxes=Boxes(boxes[: self.max_detections]),
+            scores=scores[: self.max_detections],
+            pred_classes=classes[: self.max_detections],
         )
+
+    def _nms(self, boxes: Tensor, scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keep = batched_nms(boxes, scores, classes, self.nms_thresh)
+        return boxes[keep], scores[keep], classes[keep]
 
     def _level_sizes(
         self, image_size: tuple[int, int], logits: Sequence[Tensor]

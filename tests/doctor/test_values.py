@@ -68,8 +68,11 @@ BAD = {
     "SOLVER.WEIGHT_DECAY": (-1, NAN, None),
     "SOLVER.WEIGHT_DECAY_BIAS": (-1, NAN),
     "SOLVER.WEIGHT_DECAY_NORM": (-1, NAN),
+    "TEST.AUG.ENABLED": ("yes", 1, None),
+    "TEST.AUG.MERGE": ("x", None),
     "TEST.DETECTIONS_PER_IMAGE": COUNTS,
     "TEST.EVAL_PERIOD": (-1, NAN, None),
+    "TEST.MERGE": ("x", None),
     "VIS_PERIOD": (-1, NAN, None),
 }
 
@@ -232,3 +235,34 @@ def test_several_errors_are_counted(tiny_cfg):
     tiny_cfg.SOLVER.MAX_ITER = tiny_cfg.SOLVER.IMS_PER_BATCH = 0
     with pytest.raises(ConfigError, match=r"\(and 1 more: `retina doctor` lists them\)"):
         check_config(tiny_cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("TEST.AUG.FLIP", (None, "horizontal", 1)),
+        ("TEST.AUG.MAX_SIZE", COUNTS),
+        ("TEST.AUG.MIN_SIZES", ((), None, 800, (0,), (400, -1), (400.5,), ("a",), (NAN,))),
+    ],
+)
+def test_keys_of_the_views_matter_where_views_are_asked_for(tiny_cfg, key, values):
+    """In an evaluation too."""
+    for value in values:
+        set_key(tiny_cfg, key, value)
+        tiny_cfg.TEST.AUG.ENABLED = False
+        assert errors(tiny_cfg) == []
+        tiny_cfg.TEST.AUG.ENABLED = True
+        (line,) = errors(tiny_cfg, eval_only=True)
+        assert line.startswith(f"{key}: must be ") and repr(value) in line
+
+
+def test_mirrored_views_of_a_model_that_saw_no_mirrored_images_are_a_warning(tiny_cfg):
+    tiny_cfg.TEST.AUG.ENABLED = True
+    for flip, in_training, warns in (
+        (True, "none", True),
+        (True, "horizontal", False),
+        (False, "none", False),
+    ):
+        tiny_cfg.TEST.AUG.FLIP, tiny_cfg.INPUT.RANDOM_FLIP = flip, in_training
+        found = [f.severity for f in quick_checks(tiny_cfg) if f.where == "TEST.AUG.FLIP"]
+        assert found == (["warning"] if warns else [])
