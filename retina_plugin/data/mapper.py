@@ -108,6 +108,15 @@ class DatasetMapper(Detectron2DatasetMapper):
         """
         return self._bad_images.read(self._read, dataset_dict)
 
+    def prepare_image(self, image: np.ndarray) -> torch.Tensor:
+        """The augmented image of a file that has no record: see :meth:`FastMapper.prepare_image`.
+
+        Pillow resizes it, as in Detectron2.
+        """
+        augmented = T.AugInput(image)
+        self.augmentations(augmented)
+        return image_to_tensor(augmented.image)
+
     def _read(self, dataset_dict: Record) -> Record:
         file_name = dataset_dict["file_name"]
         check_readable(file_name, self.image_format)
@@ -202,6 +211,26 @@ class FastMapper:
         """
         return self._bad_images.read(self._read, dataset_dict)
 
+    def prepare_image(self, image: np.ndarray) -> torch.Tensor:
+        """The augmented image as the model takes it.
+
+            tensor = mapper.prepare_image(read_image("street.jpg", mapper.image_format))
+
+        Args:
+            image: (H, W, C) in ``image_format``.
+
+        Returns:
+            (C, H', W'), of the same type; float32 for YUV-BT.601.
+        """
+        return self._augment(image)[0]
+
+    def _augment(
+        self, image: np.ndarray, sem_seg: np.ndarray | None = None
+    ) -> tuple[torch.Tensor, np.ndarray | None, T.TransformList]:
+        augmented = _AugInput(image, sem_seg=sem_seg)
+        transforms = self.augmentations(augmented)
+        return image_to_tensor(augmented.image), augmented.sem_seg, transforms
+
     def _read(self, dataset_dict: Record) -> Record:
         # Not copied: a deep copy of polygons takes longer than everything done with the boxes.
         annotations = dataset_dict.get("annotations")
@@ -212,13 +241,11 @@ class FastMapper:
         if "sem_seg_file_name" in record:
             sem_seg = detection_utils.read_image(record.pop("sem_seg_file_name"), "L").squeeze(2)
 
-        augmented = _AugInput(image, sem_seg=sem_seg)
-        transforms = self.augmentations(augmented)
-        record["image"] = image_to_tensor(augmented.image)
+        record["image"], sem_seg, transforms = self._augment(image, sem_seg)
         if sem_seg is not None:
-            record["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))
+            record["sem_seg"] = torch.as_tensor(sem_seg.astype("long"))
         if self.is_train and annotations is not None:
-            size = augmented.image.shape[:2]
+            size = tuple(record["image"].shape[1:])
             if not self.keep_crowd:
                 annotations = _without_crowds(annotations)
             check_annotations(record["file_name"], annotations)
