@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -123,13 +125,22 @@ def _of_dataset(dataset: str) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     if dataset not in DatasetCatalog:
         return (), None
     metadata = MetadataCatalog.get(dataset)
+    file = metadata.get("json_file")
+    mapping = metadata.get("thing_dataset_id_to_contiguous_id")
+    if mapping is None and file is not None and os.path.isfile(file):
+        # as Detectron2 does when it loads the dataset, which takes longer
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with open(file, "rb") as content:
+                categories = sorted(json.load(content)["categories"], key=lambda x: x["id"])
+            mapping = {category["id"]: k for k, category in enumerate(categories)}
+            names = tuple(str(category["name"]) for category in categories)
+            return names, tuple(mapping)
     if metadata.get("thing_classes") is None:
-        try:  # Detectron2 learns the names of a COCO file when it loads it
+        try:
             DatasetCatalog.get(dataset)
         except Exception as error:  # the user's code; prediction needs no dataset
             logger.debug("dataset %s: %s", dataset, error)
     names = tuple(metadata.get("thing_classes") or ())
-    mapping = metadata.get("thing_dataset_id_to_contiguous_id") or {}
-    by_class = {k: category for category, k in mapping.items()}
+    by_class = {k: category for category, k in (mapping or {}).items()}
     has_ids = len(names) > 0 and sorted(by_class) == list(range(len(names)))
     return names, tuple(by_class[k] for k in range(len(names))) if has_ids else None
