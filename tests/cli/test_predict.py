@@ -195,7 +195,7 @@ def test_interrupted_run_leaves_whole_files(tmp_path, monkeypatch):
     run = _Run(args)
     run(Fake(at=2), [f"{i}.png" for i in range(9)])
     assert run.stopped.is_set() and len(results()) == 3 * 3
-    assert len(open("out/predictions.csv").readlines()) == 1 + 9
+    assert len(Path("out/predictions.csv").read_text().splitlines()) == 1 + 9
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

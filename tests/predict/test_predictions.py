@@ -1,6 +1,7 @@
 """Results: conversions, filters, drawing."""
 
 import builtins
+import itertools
 
 import numpy as np
 import pytest
@@ -97,5 +98,5 @@ def test_letters_beyond_ascii_are_drawn():
 
 def test_neighbouring_classes_have_different_colours():
     colours = [np.array(class_colour(k)) for k in range(12)]
-    for a, b in zip(colours, colours[1:]):
+    for a, b in itertools.pairwise(colours):
         assert np.abs(a - b).sum() > 150
