@@ -17,6 +17,7 @@ __all__ = ["COMMANDS", "main"]
 # Name -> what it does. The module is imported only when its command is called.
 COMMANDS = {
     "train": "train or evaluate a config (the same as train_net.py)",
+    "predict": "detect in images, folders, videos and webcams",
     "doctor": "check a config, its datasets, images and anchors before a training",
     "convert": "convert the weights of another library, with the config that belongs to them",
     "replay": "repeat a training step whose loss or gradient was not finite",

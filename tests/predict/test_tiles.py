@@ -1,0 +1,80 @@
+"""Tiles: the grid covers the image, and objects that borders cut are found once and whole."""
+
+import numpy as np
+import pytest
+
+from retina_plugin.predict.tiles import merge_tiles, tile_grid
+
+
+@pytest.mark.parametrize("size", [(100, 100), (1, 1000), (1000, 640), (799, 801), (64, 65)])
+@pytest.mark.parametrize("overlap", [0.0, 0.2, 0.9])
+def test_grid_covers_the_image(size, overlap):
+    height, width = size
+    seen = np.zeros(size, bool)
+    for tile in tile_grid(height, width, 64, overlap):
+        assert 0 <= tile.x0 < tile.x1 <= width and 0 <= tile.y0 < tile.y1 <= height
+        assert (tile.x1 - tile.x0, tile.y1 - tile.y0) == (min(64, width), min(64, height))
+        seen[tile.y0 : tile.y1, tile.x0 : tile.x1] = True
+    assert seen.all()
+
+
+def test_small_object_is_whole_in_a_tile():
+    """Anywhere, if it is not larger than the overlap."""
+    tiles = np.array(tile_grid(500, 700, 100, 0.3))
+    for x, y in np.random.default_rng(0).uniform(0, [670, 470], (200, 2)):
+        inside = (tiles[:, :2] <= [x, y]) & (tiles[:, 2:] >= [x + 30, y + 30])
+        assert inside.all(axis=1).any()
+
+
+def detect(objects, classes, size, side, overlap, rng):
+    """What a detector sees: each object's part in each tile, a pixel off, if 15 % are visible."""
+    rows = []
+    for tile in np.array(tile_grid(*size, side, overlap), np.float32):
+        for box, k in zip(objects, classes):
+            part = np.concatenate([np.maximum(box[:2], tile[:2]), np.minimum(box[2:], tile[2:])])
+            if (part[2:] - part[:2] < 4).any():
+                continue
+            share = (part[2:] - part[:2]).prod() / (box[2:] - box[:2]).prod()
+            if share < 0.15:
+                continue
+            # a part is often taken for another class
+            seen = k if share > 0.6 else (k + 1) % 10
+            rows.append([*tile, *(part + rng.uniform(-1, 1, 4)), 0.5 + 0.4 * share, seen])
+    rows = np.array(rows, np.float32)
+    return merge_tiles(rows[:, :4], rows[:, 4:8], rows[:, 8], rows[:, 9].astype(int), size)
+
+
+def test_each_object_is_found_once_and_whole():
+    """Objects up to the overlap's size all over an image, which every border cuts."""
+    rng = np.random.default_rng(0)
+    corners = np.stack(np.meshgrid(np.arange(5, 760, 45), np.arange(5, 560, 45)), -1).reshape(-1, 2)
+    sizes = rng.uniform(18, 36, corners.shape)
+    objects = np.concatenate([corners, corners + sizes], axis=1).astype(np.float32)
+    classes = rng.integers(0, 10, len(objects))
+    boxes, scores, found = detect(objects, classes, (600, 800), 200, 0.2, rng)
+    assert len(boxes) == len(objects) and (np.diff(scores) <= 0).all()
+    near = np.abs(boxes[:, None] - objects).max(axis=2)
+    assert (near.min(axis=1) < 1.01).all() and len(set(near.argmin(axis=1))) == len(objects)
+    np.testing.assert_array_equal(found, classes[near.argmin(axis=1)])
+
+
+def test_object_larger_than_a_tile_is_put_together():
+    """Parts of one class: one box around all of them."""
+    tiles = np.array(tile_grid(100, 260, 100, 0.2), np.float32)
+    box = np.array([20, 30, 250, 70], np.float32)
+    low, high = np.maximum(tiles[:, :2], box[:2]), np.minimum(tiles[:, 2:], box[2:])
+    parts = np.concatenate([low, high], axis=1)
+    scores = np.linspace(0.5, 0.9, len(parts), dtype=np.float32)
+    boxes, merged, _ = merge_tiles(tiles, parts, scores, np.zeros(len(parts), int), (100, 260))
+    np.testing.assert_array_equal(boxes, [box])
+    assert merged[0] == scores.max()
+
+
+def test_different_objects_stay():
+    """Neighbours, another class at the same place, and objects of one tile are not joined."""
+    tiles = np.array([[0, 0, 100, 100], [80, 0, 180, 100], [80, 0, 180, 100]], np.float32)
+    boxes = np.array([[60, 20, 88, 40], [91, 20, 130, 40], [91, 22, 130, 42]], np.float32)
+    scores = np.array([0.9, 0.8, 0.7], np.float32)
+    merged, _, _ = merge_tiles(tiles, boxes, scores, np.array([0, 0, 1]), (100, 180))
+    np.testing.assert_array_equal(merged, boxes)
+    assert len(merge_tiles(tiles[:0], boxes[:0], scores[:0], np.zeros(0, int), (9, 9))[0]) == 0
