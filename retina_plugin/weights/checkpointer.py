@@ -50,8 +50,7 @@ class Checkpointer(DetectionCheckpointer):
     fit: Fit | None = None
     """What was loaded of it; None if nothing was."""
     class_names: list[str] | None = None
-    """Of the classes that the model is trained for. They are saved with it, and tell
-    :meth:`resume_or_load` which classes of other weights to keep."""
+    """Of the model's classes; saved with it. :meth:`resume_or_load` keeps weights by them."""
     _is_finetuning = False
 
     def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
@@ -135,9 +134,9 @@ class Checkpointer(DetectionCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Load the newest whole checkpoint of the folder with all checkpointables.
 
-        Without ``resume``, or if there is none, load the model alone from ``path``; with
-        ``class_names``, :func:`.classes.adapt_classes` fits the last classification conv to them.
-        With several processes all must call this: the first one decides which checkpoint is taken.
+        Without ``resume``, or if there is none, load the model alone from ``path``, fitted to
+        ``class_names`` (:func:`.classes.adapt_classes`). All processes must call this: the first
+        one decides which checkpoint is taken.
 
         Returns:
             What else is in the file, e.g. {"iteration": 999}; {} if there is nothing to load.
@@ -148,10 +147,9 @@ class Checkpointer(DetectionCheckpointer):
             if found:
                 return self.load(found)
         self._is_finetuning = True
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "_is_finetuning", False)
             return self.load(path, checkpointables=[])
-        finally:
-            self._is_finetuning = False
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Detectron2's, for a file of any format that :func:`read_checkpoint` knows.
@@ -208,7 +206,6 @@ class Checkpointer(DetectionCheckpointer):
             with _for_log_file("detectron2.checkpoint.c2_model_loading"):
                 return super()._load_model(checkpoint)
         except (ValueError, AssertionError, IndexError, RuntimeError) as error:
-            # Names that match twice, a "bbox_pred" without rows, ...
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"{self.loaded_from} does not fit the model: {reason}") from None
 

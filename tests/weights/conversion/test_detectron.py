@@ -144,7 +144,12 @@ def model_of(config):
 
 @pytest.mark.parametrize(
     ("depth", "groups", "shared"),
-    [(50, 1, False), (50, 1, True), (101, 1, False), (101, 4, False)],
+    [
+        (50, 1, False),
+        (50, 1, True),
+        pytest.param(101, 1, False, marks=pytest.mark.slow),
+        (101, 4, False),
+    ],
     ids=["R-50", "R-50 with shared tower", "R-101", "X-101"],
 )
 def test_outputs_are_detectrons(tmp_path, depth, groups, shared):
