@@ -92,11 +92,11 @@ def _report(case: str, folder: Path, args: argparse.Namespace) -> None:
             command = [sys.executable, "-m", "benchmarks.predict", "--worker", name, *options]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             runs[name].append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"{case}, {CASES[case]} images, {args.threads} threads, {args.rounds} rounds")
+    print(f"{case}, {CASES[case]} images, {args.threads} threads, {args.rounds} rounds", flush=True)
     for name, done_runs in runs.items():
         speed = statistics.median(x["images_per_second"] for x in done_runs)
         peak = statistics.median(x["peak_mib"] for x in done_runs)
-        print(f"  {name:14} {speed:8.2f} images/s {peak:8.0f} MiB peak RSS")
+        print(f"  {name:14} {speed:8.2f} images/s {peak:8.0f} MiB peak RSS", flush=True)
 
 
 def _work(case: str, name: str, folder: Path, threads: int) -> dict[str, float]:
