@@ -237,8 +237,8 @@ KEYS: dict[str, Key] = {
     ),
     "TEST.AUG.MERGE": Key(
         "With `TEST.AUG.ENABLED`: how the detections of the views become those of the image. `wbf` "
-        "averages boxes of a class (weighted boxes fusion, arXiv:1910.13302); the others, see "
-        "`TEST.MERGE`, pool them. What overlaps is told by `MODEL.RETINANET.NMS_THRESH_TEST`.",
+        "averages boxes of a class with an IoU above .55 (weighted boxes fusion, "
+        "arXiv:1910.13302); the others, see `TEST.MERGE`, pool the boxes.",
         "wbf",
         ("nms", "soft_nms", "class_agnostic", "wbf"),
     ),
