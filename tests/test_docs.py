@@ -25,11 +25,12 @@ from detectron2.modeling import build_model
 from torch.distributed import run as torchrun
 
 from benchmarks import command as benchmarks
-from retina_plugin.cli import COMMANDS
+from retina_plugin.cli import COMMANDS, predict
 from retina_plugin.cli import main as retina
 from retina_plugin.engine import argument_parser, check_config, setup_cfg
 from retina_plugin.losses import BOX_LOSS_REGISTRY, CLS_LOSS_REGISTRY
 from retina_plugin.predict.video import VideoWriter
+from retina_plugin.weights.public_models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
@@ -42,6 +43,7 @@ PARSED_ONLY = {
     "make test-slow": "takes minutes",
     "make coverage": "is this, slower",
     "make help": "needs no test of its own",
+    "retina predict --model torchvision/retinanet_resnet50_fpn_v2 street.jpg": "the network",
     "python train_net.py --config-file configs/retina_R101_800.yaml --num-gpus 8": "COCO, 8 GPUs",
     "python train_net.py --config-file configs/retina_R101_800.yaml --eval-only MODEL.WEIGHTS "
     "model.pth DATASETS.TEST \"('coco_2017_test-dev',)\"": "COCO",
@@ -163,7 +165,10 @@ def try_command(command):
         importlib.import_module(words[2]).main([*words[3:], *dry])
     else:
         assert words[0] == "retina" and words[1] in COMMANDS
-        retina(words[1:])
+        if command in PARSED_ONLY:
+            assert predict.argument_parser().parse_args(words[2:]).model in MODELS
+        else:
+            retina(words[1:])
 
 
 @pytest.mark.parametrize("page", PAGES)
