@@ -161,7 +161,11 @@ class FocalRetinaNet(DenseDetector):
                 topk_candidates=retinanet.TOPK_CANDIDATES_TEST,
                 nms_thresh=retinanet.NMS_THRESH_TEST,
                 max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-                merge=build_merge(cfg.TEST.MERGE, iou_thresh=retinanet.NMS_THRESH_TEST),
+                merge=(
+                    None
+                    if cfg.TEST.MERGE == "nms"  # done by the inference itself
+                    else build_merge(cfg.TEST.MERGE, iou_thresh=retinanet.NMS_THRESH_TEST)
+                ),
             ),
             "postprocess": (
                 rescale_detections

@@ -80,7 +80,7 @@ class DenseInference:
         self.topk_candidates = topk_candidates
         self.nms_thresh = nms_thresh
         self.max_detections = max_detections
-        self.merge = merge or self._nms
+        self.merge = merge
         self.boxes_outside = boxes_outside
         self.strides = tuple(strides)
         self.size_divisibility = max(1, size_divisibility)
@@ -130,7 +130,7 @@ class DenseInference:
         boxes, scores, classes = boxes[finite], scores[finite], classes[finite]
         if self.boxes_outside == "clip":
             boxes = _clip(boxes, image_size)
-        boxes, scores, classes = self.merge(boxes, scores, classes)
+        boxes, scores, classes = (self.merge or self._nms)(boxes, scores, classes)
         if self.boxes_outside == "drop":
             x1, y1, x2, y2 = _clip(boxes, image_size).unbind(1)
             inside = (x1 < x2) & (y1 < y2)
