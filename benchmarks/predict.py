@@ -67,7 +67,7 @@ def _cfg(case: str) -> CfgNode:
 
 
 def _prepare(case: str, folder: Path) -> None:
-    """The images and the weights. A few hundred detections an image, as a trained model has."""
+    """The images and untrained weights: what is timed is reading, resizing and the network."""
     if case == "digits":
         digits.prepare()
         files = sorted((digits.dataset_root() / "train").iterdir())[: CASES[case]]
