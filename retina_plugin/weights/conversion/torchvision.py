@@ -16,6 +16,7 @@ from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
 from retina_plugin.errors import ConfigError
 
+from .resnets import resnet_config, torchvision_name
 from .source import Converted, Source
 
 __all__ = ["SOURCE", "convert"]
@@ -30,27 +31,7 @@ _SIZES = [
 ]
 _NUM_SIZES, _NUM_RATIOS = 3, 3
 
-# Blocks of layer1 to layer4 and convs of a block -> depth.
-_DEPTHS: dict[tuple[int, ...], int] = {
-    (2, 2, 2, 2, 2): 18,
-    (3, 4, 6, 3, 2): 34,
-    (3, 4, 6, 3, 3): 50,
-    (3, 4, 23, 3, 3): 101,
-    (3, 8, 36, 3, 3): 152,
-}
-
 _EPS = 1e-5  # of batch norm in PyTorch and Detectron2
-
-_BLOCK_PARTS = {
-    "conv1": "conv1",
-    "conv2": "conv2",
-    "conv3": "conv3",
-    "bn1": "conv1.norm",
-    "bn2": "conv2.norm",
-    "bn3": "conv3.norm",
-    "downsample.0": "shortcut",
-    "downsample.1": "shortcut.norm",
-}
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
@@ -137,12 +118,9 @@ def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _new_name(name: str, is_v2: bool) -> str:
-    body, fpn = r"backbone\.body\.", r"backbone\.fpn\."
-    parts = "|".join(map(re.escape, _BLOCK_PARTS))
-    if m := re.fullmatch(rf"{body}(conv1|bn1)\.(\w+)", name):
-        return f"backbone.bottom_up.stem.conv1.{'norm.' if m[1] == 'bn1' else ''}{m[2]}"
-    if m := re.fullmatch(rf"{body}layer([1-4])\.(\d+)\.({parts})\.(\w+)", name):
-        return f"backbone.bottom_up.res{int(m[1]) + 1}.{m[2]}.{_BLOCK_PARTS[m[3]]}.{m[4]}"
+    body, fpn = "backbone.body.", r"backbone\.fpn\."
+    if name.startswith(body) and (resnet_name := torchvision_name(name.removeprefix(body))):
+        return resnet_name
     if m := re.fullmatch(rf"{fpn}(inner|layer)_blocks\.([0-2])(?:\.0)?\.(weight|bias)", name):
         return f"backbone.fpn_{_FPN_PARTS[m[1]]}{int(m[2]) + 3}.{m[3]}"
     if m := re.fullmatch(rf"{fpn}extra_blocks\.(p[67])\.(weight|bias)", name):
@@ -220,7 +198,7 @@ def _config(
         "MODEL": {
             "PIXEL_MEAN": [123.675, 116.28, 103.53],
             "PIXEL_STD": [58.395, 57.12, 57.375],
-            "RESNETS": _resnet(ours),
+            "RESNETS": {**resnet_config(ours), "STRIDE_IN_1X1": False},
             "FPN": {"OUT_CHANNELS": channels},
             "ANCHOR_GENERATOR": {"NAME": "TorchvisionAnchorGenerator", "SIZES": _SIZES},
             "RETINANET": retinanet,
@@ -228,21 +206,3 @@ def _config(
         "INPUT": {"FORMAT": "RGB", "RESIZE": "torchvision"},
         "TEST": {"DETECTIONS_PER_IMAGE": 300},
     }
-
-
-def _resnet(ours: Mapping[str, Tensor]) -> dict[str, Any]:
-    prefix = "backbone.bottom_up.res"
-    blocks = {m[0] for name in ours if (m := re.match(rf"{re.escape(prefix)}\d\.\d+\.", name))}
-    num_blocks = [sum(block.startswith(f"{prefix}{s}.") for block in blocks) for s in range(2, 6)]
-    num_convs = sum(f"{prefix}2.0.conv{i}.weight" in ours for i in (1, 2, 3))
-    depth = _DEPTHS.get((*num_blocks, num_convs))
-    if depth is None:
-        raise ConfigError(
-            f"its backbone has {num_blocks} blocks of {num_convs} convs: known are ResNet-18, 34, "
-            "50, 101 and 152 and ResNeXts of these depths"
-        )
-    resnet: dict[str, Any] = {"DEPTH": depth, "STRIDE_IN_1X1": False}
-    out_channels, group_width = ours[f"{prefix}2.0.conv2.weight"].shape[:2]
-    if num_convs == 2:
-        return {**resnet, "RES2_OUT_CHANNELS": out_channels}
-    return {**resnet, "NUM_GROUPS": out_channels // group_width, "WIDTH_PER_GROUP": group_width}
