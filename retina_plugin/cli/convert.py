@@ -87,7 +87,7 @@ def check_written(output: str | Path) -> str:
     if missing or fit.other_shape or fit.unused:
         raise ConfigError(f"{output} does not fit the model of {config}: {fit}")
     model = "the ResNet of the config's model" if is_backbone else "the config's model"
-    return f"all {fit.loaded} tensors load into {model}"
+    return f"all tensors load into {model}"
 
 
 def _num_classes(converted: Converted) -> int | None:

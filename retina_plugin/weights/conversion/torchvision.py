@@ -88,15 +88,24 @@ def convert(state: Mapping[str, Tensor], bn_eps: float | None = None) -> Convert
     categories = list(RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
     names = categories if num_classes == len(categories) else None
     notes = [
-        f"batch norm's eps is not in the file; {bn_eps:g} was taken"
+        f"Batch norm's eps is not in the file; {bn_eps:g} was taken"
         + (
-            ", as torchvision does for its COCO weights of the first version (bn_eps of "
-            "retina_plugin.weights.conversion.torchvision.convert sets another)"
+            ", as torchvision does for its COCO weights of the first version and what is "
+            "fine-tuned from them. A model that began with a backbone's weights alone has 1e-5: "
+            "docs/models.md has the lines of Python that set it."
             if bn_eps == 0
-            else ""
+            else "."
         ),
-        "classes have torchvision's numbers: 0 is its background, which is never a detection of "
-        "trained weights" + (", the others are COCO's category ids" if names else ""),
+        "Classes have torchvision's numbers: 0 is its background, which is never a detection of "
+        "trained weights"
+        + (
+            ", the others are COCO's category ids, of which ten are unused (N/A). An evaluation on "
+            "COCO takes the 80 classes by name: set MODEL.RETINANET.NUM_CLASSES 80."
+            if names
+            else "."
+        ),
+        "Anchors are not in the file; torchvision's own were taken. If the model was given others, "
+        "set MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS to them.",
     ]
     return Converted(converted, _config(state, converted, num_classes, is_v2), names, notes)
 
