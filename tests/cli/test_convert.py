@@ -1,7 +1,10 @@
 """``retina convert``: what it prints and writes, and one line for everything that cannot be."""
 
 import os
+import pickle
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -12,6 +15,7 @@ from retina_plugin.cli.convert import check_written
 from retina_plugin.engine import setup_cfg
 from retina_plugin.errors import ConfigError
 from retina_plugin.weights import Checkpointer, read_checkpoint
+from tests.weights import hostile
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,30 @@ def test_unusable_inputs_are_one_line(weights, tmp_path, error):
     line = error(weights, "--output", output, "--from", "detectron3")
     assert "--from: unknown 'detectron3' (did you mean" in line
     assert not output.exists()
+
+
+@pytest.mark.parametrize("command", ["convert", "predict"])
+@pytest.mark.parametrize("call", ["os.system", "eval", "torch storage"])
+def test_weights_are_never_run(tiny_cfg, tmp_path, command, call):
+    marker = tmp_path / "marker"
+    data = {"model": {"a": hostile.calls(marker)[call]}, "class_names": ["a"]}
+    pickle_file, zip_file = tmp_path / "a.pkl", tmp_path / "b.pth"
+    pickle_file.write_bytes(pickle.dumps(data))
+    hostile.torch_zip(zip_file, pickle.dumps(data, protocol=2))
+    (tmp_path / "c.yaml").write_text(tiny_cfg.dump())
+    image = str(tmp_path / "a.png")
+    cv2.imwrite(image, np.zeros((32, 32, 3), np.uint8))
+    for path in map(str, (pickle_file, zip_file)):
+        words = {
+            "convert": [path, "--output", str(tmp_path / "out.pth")],
+            "predict": [image, "--config-file", str(tmp_path / "c.yaml"), "--weights", path],
+        }
+        with pytest.raises(SystemExit) as end:
+            main([command, *words[command]])
+        line = end.value.code
+        assert line.startswith("error: ") and line.isprintable() and " is refused" in line
+    assert not marker.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pkl", "a.png", "b.pth", "c.yaml"]
 
 
 def test_check_finds_what_does_not_fit(weights, tmp_path):
