@@ -164,7 +164,9 @@ def test_checkpoint_of_a_training_keeps_its_config_but_no_imports(tiny_cfg, tmp_
     model = Trainer.build_model(tiny_cfg)
     saver = Checkpointer(model, str(tmp_path))
     saver.class_names = list("0123456789")
-    saver.save("model_final", resume={"config": tiny_cfg.dump()})
+    (tmp_path / "base.yaml").write_text(f"IMPORTS: ['{tmp_path / 'evil.py'}']")
+    text = f"_BASE_: {tmp_path / 'base.yaml'}\n{tiny_cfg.dump()}"
+    saver.save("model_final", resume={"config": text})
     main(
         ["convert", str(tmp_path / "model_final.pth"), "--output", str(tmp_path / "a.safetensors")]
     )
