@@ -111,16 +111,15 @@ def _plan_complete(theirs: list[str] | None, count: int, ours: list[str]) -> _Pl
     for here, there in pairs:
         if here != there:
             raise ConfigError(
-                f"class {there} of the weights is '{_some(theirs[there : there + 1])}', which is "
+                f"class {there} of the weights is '{_some([theirs[there]])}', which is "
                 f"class {here} of the dataset, and the dataset has classes that the weights lack: "
                 "AP would be of other classes; evaluate on a dataset of the weights' classes, or "
                 "fine-tune"
             )
-    first = next(k for k, (a, b) in enumerate(zip(theirs, ours)) if a != b)
+    k = next(k for k, (a, b) in enumerate(zip(theirs, ours)) if a != b)
     return None, (
         f"cls_score: the weights and the dataset name {len(ours) - len(pairs)} classes differently "
-        f"(class {first}: {_some(theirs[first : first + 1])}, {_some(ours[first : first + 1])}); they "
-        "keep their places"
+        f"(class {k}: {_some([theirs[k], ours[k]])}); they keep their places"
     )
 
 
