@@ -133,6 +133,17 @@ def test_weights_are_never_run(tiny_cfg, tmp_path, command, call):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pkl", "a.png", "b.pth", "c.yaml"]
 
 
+def test_incomplete_or_broken_weights_leave_no_files(weights, tmp_path, error):
+    state = torch.load(weights)
+    torch.save({k: v for k, v in state.items() if "layer2.0.bn2" not in k}, tmp_path / "in.pth")
+    line = error(tmp_path / "in.pth", "--output", tmp_path / "out.pth")
+    assert "in.pth cannot be converted: " in line and "res3.0.conv2.norm" in line
+    torch.save({**state, "bn1.bias": torch.full((64,), float("nan"))}, tmp_path / "in.pth")
+    line = error(tmp_path / "in.pth", "--output", tmp_path / "out.pth")
+    assert "in.pth is not usable: 1 of its" in line and "bn1.bias" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
+
+
 def test_check_finds_what_does_not_fit(weights, tmp_path):
     main(["convert", str(weights), "--output", str(tmp_path / "a.pth")])
     state = read_checkpoint(tmp_path / "a.pth")["model"]

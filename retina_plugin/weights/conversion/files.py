@@ -18,6 +18,7 @@ from torch import Tensor
 from retina_plugin.cache import atomic_write
 from retina_plugin.errors import ConfigError, one_line
 
+from ..fit import check_finite
 from ..reading import read_checkpoint
 from . import detectron2
 from .source import Converted, Source
@@ -67,6 +68,7 @@ def convert_weights(path: str | os.PathLike, source: str | None = None) -> tuple
     known = get_source(source) if source is not None else None
     checkpoint = read_checkpoint(path)
     state = without_prefix(checkpoint["model"])
+    check_finite(state, os.fspath(path))
     try:
         known = known or find_source(state)
         if known is None:

@@ -70,6 +70,11 @@ def convert(state: Mapping[str, Tensor], bn_eps: float | None = None) -> Convert
             f"{_DELTAS} is for {num_anchors} anchors at a location, torchvision's own RetinaNets "
             "have 9: the anchors of others are not in their weights, so they cannot be converted"
         )
+    if len(state[_LOGITS]) % num_anchors:
+        raise ConfigError(
+            f"{_LOGITS} has {len(state[_LOGITS])} channels, which is no multiple of {num_anchors}, "
+            "the anchors at a location"
+        )
     is_v2 = "head.classification_head.conv.0.1.weight" in state
     is_frozen = not any(name.endswith("num_batches_tracked") for name in state)
     if bn_eps is None:
