@@ -55,7 +55,6 @@ of `make demo`, whose config is in it:
 
 ```sh
 retina convert net.pth --output cars.pth
-retina predict street.jpg --config-file cars.yaml INPUT.MIN_SIZE_TEST 400
 retina convert output/digits_R18/model_final.pth --output digits.safetensors
 retina predict street.jpg --config-file digits.yaml
 ```
