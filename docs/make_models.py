@@ -11,7 +11,8 @@ PAGE = Path(__file__).with_name("models.md")
 INTRODUCTION = """\
 # Models of others
 
-Which published RetinaNets can I use by their name, and which backbones can I train one on?
+Which published RetinaNets can I use by their name? How do I use a RetinaNet that was trained with
+another library, or train on from one for other classes? Which backbones can I train one on?
 
 This page is generated from `retina_plugin/weights/public_models.py` by `make docs`.
 
@@ -43,6 +44,73 @@ the installed library.
 
 File names of torchvision, Detectron2 and MMDetection hold the first digits of a checksum, which is
 compared before a conversion. Those of Detectron do not.
+
+## Weights of other libraries
+
+`retina convert IN --output OUT.pth` (or `OUT.safetensors`) writes the weights with our names and,
+as `OUT.yaml`, the config that belongs to them. It recognises the library by the names of the
+tensors; `--from` chooses one. What it prints, and writes at the top of the config, says what was
+assumed, because it is not in the file. Here for a RetinaNet of torchvision, and for a checkpoint
+of `make demo`, whose config is in it:
+
+```sh
+retina convert net.pth --output cars.pth
+retina convert output/digits_R18/model_final.pth --output digits.safetensors
+retina predict street.jpg --config-file digits.yaml
+```
+
+| library (`--from`) | models | not in the file, so assumed |
+|---|---|---|
+| `torchvision` | both versions, all ResNets and ResNeXts | its own anchors, batch norm's eps |
+| `detectron` | the first Detectron's (Caffe2), `.pkl` | its own anchors, STRIDE_1X1 |
+| `mmdetection` | versions 2 and 3, ResNets and ResNeXts | its base config's anchors, the pixels |
+| `detectron2` | its model zoo's, and this plugin's | its model zoo's anchors, pixels, strides |
+| `imagenet` | ResNets and ResNeXts alone: torchvision's, MSRA's | the pixels' mean and std |
+
+- **`MODEL.WEIGHTS` takes some of them as they are**: Detectron2's, Detectron's and ResNets. Where
+  the config has other pixels or strides than the weights were trained with, a warning names the
+  settings. For torchvision's and MMDetection's RetinaNets, one line asks for `retina convert`.
+- **`MODEL.WEIGHTS` in `OUT.yaml` is an absolute path**, as Detectron2 takes a relative one from
+  the folder in which a command is run. After moving the files, change it or give `--weights`.
+- **No file of weights runs code**, whatever its format ([security](../SECURITY.md)).
+
+torchvision's first version has batch norm with eps 0 in its COCO weights and what is fine-tuned
+from them, but 1e-5 in a model that began with a backbone's weights alone. The converter takes 0
+for frozen batch norm. For 1e-5:
+
+```python
+from retina_plugin.weights import read_checkpoint
+from retina_plugin.weights.conversion import write_converted
+from retina_plugin.weights.conversion.torchvision import convert
+
+converted = convert(read_checkpoint("net.pth")["model"], bn_eps=1e-5)
+write_converted(converted, "cars.pth", "net.pth")
+```
+
+## Other classes
+
+A checkpoint carries the names of its classes. Set `MODEL.WEIGHTS` to it in a training on other
+classes, with their `NUM_CLASSES`:
+
+```yaml
+_BASE_: "digits.yaml"
+DATASETS:
+  TRAIN: ("coco_2017_train",)
+  TEST: ("coco_2017_val",)
+MODEL:
+  RETINANET:
+    NUM_CLASSES: 80
+```
+
+Everything but the last classification conv is kept. In that one, classes of the same name keep
+their weights, whatever their order; the others begin with the prior. With as many classes as
+before and no name in common, all keep their places, as in Detectron2. One line says what was
+done. `--resume` changes nothing.
+
+An evaluation (`--eval-only`) takes classes by name too, if the checkpoint has all of the
+dataset's. So torchvision's 91 classes are evaluated on COCO's 80 with
+`MODEL.RETINANET.NUM_CLASSES 80`. If it has only some of them, at other places, the evaluation
+stops with one line.
 
 ## Backbones of timm
 

@@ -66,7 +66,13 @@ def main(argv: list[str] | None = None) -> None:
         write_converted(converted, output, f"{Path(args.input).name} ({source.name})")
     except OSError as error:
         raise ConfigError(str(error)) from None
-    print(f"Weights  {output}\nConfig   {config}\nChecked  {check_written(output)}")
+    try:
+        checked = check_written(output)
+    except ConfigError as error:
+        for path in (output, config):  # nobody should take them for good
+            path.unlink(missing_ok=True)
+        raise ConfigError(f"{args.input} cannot be converted: {error}") from None
+    print(f"Weights  {output}\nConfig   {config}\nChecked  {checked}")
 
 
 def check_written(output: str | Path) -> str:
@@ -85,9 +91,10 @@ def check_written(output: str | Path) -> str:
     is_backbone = "head.cls_score.weight" in fit.missing
     missing = [name for name in fit.missing if not is_backbone or name.startswith(PREFIX)]
     if missing or fit.other_shape or fit.unused:
-        raise ConfigError(f"{output} does not fit the model of {config}: {fit}")
+        lacks = f"it lacks {len(missing)} tensors, e.g. {missing[0]}" if missing else str(fit)
+        raise ConfigError(f"{output} does not fit the model of {config}: {lacks}")
     model = "the ResNet of the config's model" if is_backbone else "the config's model"
-    return f"all {fit.loaded} tensors load into {model}"
+    return f"all tensors load into {model}"
 
 
 def _num_classes(converted: Converted) -> int | None:

@@ -19,6 +19,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from torch import nn
 
+from retina_plugin.doctor import known_classes
 from retina_plugin.engine import (
     Trainer,
     argument_parser,
@@ -79,8 +80,9 @@ def load_model(cfg: CfgNode, resume: bool) -> nn.Module:
     """The model with ``MODEL.WEIGHTS``, or with the last checkpoint of ``OUTPUT_DIR``."""
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    checkpointer.check_complete()
+    # check_datasets saw that all test sets have the same classes in the same order
+    checkpointer.class_names = known_classes(cfg.DATASETS.TEST[0]) or None
+    checkpointer.load_complete(cfg.MODEL.WEIGHTS, resume=resume)
     logger.info("%-11s %s", "Weights", checkpointer.loaded_from)
     return model
 

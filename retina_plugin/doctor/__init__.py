@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from detectron2.config import CfgNode
 
 from .config import check_config
-from .datasets import check_datasets, dataset_records
+from .datasets import check_datasets, dataset_records, known_classes
 from .findings import Finding, Severity, raise_errors
 from .images import check_images
 from .learning import StepCost
@@ -33,6 +33,7 @@ __all__ = [
     "check_weights",
     "dataset_records",
     "examine_training",
+    "known_classes",
     "named_quick_checks",
     "quick_checks",
     "raise_errors",

@@ -22,7 +22,7 @@ from .reading import category_names, image_files, read_annotations
 from .records import check_records
 from .tally import Kind, Tally
 
-__all__ = ["check_datasets", "check_num_classes", "dataset_records"]
+__all__ = ["check_datasets", "check_num_classes", "dataset_records", "known_classes"]
 
 _ERROR, _WARNING, _NOTE = Severity.ERROR, Severity.WARNING, Severity.NOTE
 
@@ -256,7 +256,7 @@ def _check_class_order(
         # An evaluation does not need the training set. Where it is known and has the same classes
         # in another order, the weights do not fit the numbers of the test set.
         for name in cfg.DATASETS.TRAIN:
-            names = _known_classes(name)
+            names = known_classes(name)
             for other, tested in known.items():
                 if names != tested and sorted(names) == sorted(tested):
                     yield _difference(_ERROR, other, tested, name, names)
@@ -273,7 +273,8 @@ def _check_class_order(
         yield _difference(severity, name, names, reference, known[reference])
 
 
-def _known_classes(name: str) -> list[str]:
+def known_classes(name: str) -> list[str]:
+    """The class names of a dataset, from its metadata or its annotation file; [] if not known."""
     if name not in DatasetCatalog:
         return []
     metadata = MetadataCatalog.get(name)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -50,8 +51,9 @@ class Checkpointer(DetectionCheckpointer):
     fit: Fit | None = None
     """What was loaded of it; None if nothing was."""
     class_names: list[str] | None = None
-    """Of the model's classes; saved with it. :meth:`resume_or_load` keeps weights by them."""
-    _is_finetuning = False
+    """Of the model's classes; saved with it. Weights that are loaded are fitted to them, but not
+    those that a training resumes from."""
+    _fit_classes: Callable[..., None] | None = None
 
     def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
         """Write the model, the checkpointables and ``extra`` to NAME.pth in the folder.
@@ -146,10 +148,32 @@ class Checkpointer(DetectionCheckpointer):
             found = comm.all_gather(found)[0]
             if found:
                 return self.load(found)
-        self._is_finetuning = True
-        with contextlib.ExitStack() as stack:
-            stack.callback(setattr, self, "_is_finetuning", False)
+        return self._load_fitted(path, adapt_classes)
+
+    def load_complete(self, path: str, *, resume: bool = False) -> None:
+        """Load the model alone, to evaluate it: from ``path``, or the newest whole checkpoint.
+
+        Classes that the file has in another order than ``class_names``, or among others, are taken
+        by their names. All processes must call this.
+
+        Args:
+            resume: take the newest whole checkpoint of the folder, if there is one.
+
+        Raises:
+            ConfigError: a tensor of the model is not in the file, or its classes are others.
+        """
+        if resume:
+            found = self.get_checkpoint_file() if comm.is_main_process() else ""
+            path = comm.all_gather(found)[0] or path
+        self._load_fitted(path, functools.partial(adapt_classes, complete=True))
+        self.check_complete()
+
+    def _load_fitted(self, path: str, fit_classes: Callable[..., None]) -> dict[str, Any]:
+        self._fit_classes = fit_classes
+        try:
             return self.load(path, checkpointables=[])
+        finally:
+            self._fit_classes = None
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Detectron2's, for a file of any format that :func:`read_checkpoint` knows.
@@ -200,8 +224,8 @@ class Checkpointer(DetectionCheckpointer):
         check_finite(checkpoint["model"], self.loaded_from)
         checkpoint["model"] = remove_prefixes(checkpoint["model"], self.model.state_dict())
         translate(checkpoint, self.model, self.loaded_from)
-        if self._is_finetuning and self.class_names:
-            adapt_classes(checkpoint, self.model.state_dict(), self.class_names)
+        if self._fit_classes and self.class_names:
+            self._fit_classes(checkpoint, self.model.state_dict(), self.class_names)
         try:
             with _for_log_file("detectron2.checkpoint.c2_model_loading"):
                 return super()._load_model(checkpoint)

@@ -8,13 +8,23 @@ from typing import Any
 
 from torch import Tensor
 
+from retina_plugin.errors import ConfigError
+
 __all__ = ["adapt_classes"]
 
 logger = logging.getLogger("retina_plugin")
 
 
+# Pairs (place in the model, place in the checkpoint), or None: nothing is to do; and what to say.
+_Plan = tuple[list[tuple[int, int]] | None, str]
+
+
 def adapt_classes(
-    checkpoint: dict[str, Any], model: Mapping[str, Tensor], class_names: Sequence[str]
+    checkpoint: dict[str, Any],
+    model: Mapping[str, Tensor],
+    class_names: Sequence[str],
+    *,
+    complete: bool = False,
 ) -> None:
     """Fit the last classification conv of a checkpoint to other classes, in place.
 
@@ -25,12 +35,18 @@ def adapt_classes(
 
     With as many classes as before and no name in common, classes are taken to be renamed, and keep
     their places. If the checkpoint does not tell its names, classes of another number are all new.
+    A name that the checkpoint has twice, as torchvision's "N/A", is none.
 
     Args:
         checkpoint: "model" and, if known, "class_names" (see
             :func:`retina_plugin.weights.read_checkpoint`).
         model: state dict of the model, as it was initialised.
         class_names: of the model's classes, in their order.
+        complete: for an evaluation, which needs all of its classes. They are taken by name if the
+            checkpoint has all of them; else all keep their places.
+
+    Raises:
+        ConfigError: ``complete``, and one of the classes has another place in the checkpoint.
     """
     state = checkpoint["model"]
     ours = list(class_names)
@@ -47,9 +63,9 @@ def adapt_classes(
             continue
         count = len(state[weight]) // anchors
         theirs = checkpoint.get("class_names")
-        if not isinstance(theirs, list) or len(theirs) != count or _repeat(theirs) or _repeat(ours):
+        if not isinstance(theirs, list) or len(theirs) != count:
             theirs = None
-        pairs, line = _plan(theirs, count, ours)
+        pairs, line = (_plan_complete if complete else _plan)(theirs, count, ours)
         if line:
             logger.warning("%s", line)  # the user may not know that the classes differ
         if pairs is None:
@@ -63,19 +79,12 @@ def adapt_classes(
                 state[name] = new
 
 
-def _plan(
-    theirs: list[str] | None, count: int, ours: list[str]
-) -> tuple[list[tuple[int, int]] | None, str]:
-    """Pairs (place in the model, place in the checkpoint), and the line about them.
-
-    None instead of pairs: nothing is to do.
-    """
+def _plan(theirs: list[str] | None, count: int, ours: list[str]) -> _Plan:
     if theirs == ours or (theirs is None and count == len(ours)):
         return None, ""
     if theirs is None:
         return [], f"cls_score: {count} classes without known names are not used, {len(ours)} new"
-    places = {name: place for place, name in enumerate(theirs)}
-    pairs = [(here, places[name]) for here, name in enumerate(ours) if name in places]
+    pairs = _by_name(theirs, ours)
     if not pairs and count == len(ours):
         return None, (
             f"cls_score: {count} classes keep their places, because none of their names "
@@ -91,12 +100,41 @@ def _plan(
     return pairs, f"{line}, {len(ours) - len(kept)} new"
 
 
+def _plan_complete(theirs: list[str] | None, count: int, ours: list[str]) -> _Plan:
+    if theirs is None or theirs == ours:
+        return None, ""
+    pairs = _by_name(theirs, ours)
+    if len(pairs) == len(ours):
+        return _plan(theirs, count, ours)
+    if count != len(ours):
+        return None, ""  # the checkpointer says that the numbers differ
+    for here, there in pairs:
+        if here != there:
+            raise ConfigError(
+                f"class {there} of the weights is '{_some([theirs[there]])}', which is "
+                f"class {here} of the dataset, and the dataset has classes that the weights lack: "
+                "AP would be of other classes; evaluate on a dataset of the weights' classes, or "
+                "fine-tune"
+            )
+    k = next(k for k, (a, b) in enumerate(zip(theirs, ours)) if a != b)
+    return None, (
+        f"cls_score: the weights and the dataset name {len(ours) - len(pairs)} classes differently "
+        f"(class {k}: {_some([theirs[k], ours[k]])}); they keep their places"
+    )
+
+
+def _by_name(theirs: Sequence[str], ours: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs (place in ``ours``, place in ``theirs``) of the names that each has once."""
+    places = {name: place for place, name in enumerate(theirs) if theirs.count(name) == 1}
+    return [
+        (here, places[name])
+        for here, name in enumerate(ours)
+        if name in places and ours.count(name) == 1
+    ]
+
+
 def _some(names: Sequence[str]) -> str:
     """E.g. "car, bus, ..."; names may hold anything."""
     shown = ", ".join(name[:40] for name in names[:3])
     text = shown + (", ..." if len(names) > 3 else "")
     return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _repeat(names: Sequence[str]) -> bool:
-    return len(set(names)) < len(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import pickle
@@ -23,6 +24,7 @@ OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 # Names that a file may hold besides those of STAND_INS, dtypes and storages.
 _NAMES = {
+    "argparse.Namespace",  # the options, in files of torchvision's training script; it has no code
     "builtins.set",
     "collections.Counter",
     "torch.device",
@@ -39,7 +41,7 @@ _STAND_INS: list = [
     (function, f"{module}.{name}")
     for (module, name), function in STAND_INS.items()
     if module.startswith("numpy") or module == "builtins"
-]
+] + [argparse.Namespace]
 
 _lock = threading.Lock()  # torch's list of safe names and Python's warning filters are global
 

@@ -1,7 +1,10 @@
 """``retina convert``: what it prints and writes, and one line for everything that cannot be."""
 
 import os
+import pickle
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -12,6 +15,7 @@ from retina_plugin.cli.convert import check_written
 from retina_plugin.engine import setup_cfg
 from retina_plugin.errors import ConfigError
 from retina_plugin.weights import Checkpointer, read_checkpoint
+from tests.weights import hostile
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def test_what_is_printed_and_written(weights, tmp_path, capsys, suffix):
     assert printed[-3:] == [
         f"Weights  {output}",
         f"Config   {tmp_path / 'out put.yaml'}",
-        "Checked  all 100 tensors load into the ResNet of the config's model",
+        "Checked  all tensors load into the ResNet of the config's model",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == [output.name, "out put.yaml"]
     state = read_checkpoint(output)["model"]
@@ -105,6 +109,41 @@ def test_unusable_inputs_are_one_line(weights, tmp_path, error):
     assert not output.exists()
 
 
+@pytest.mark.parametrize("command", ["convert", "predict"])
+@pytest.mark.parametrize("call", ["os.system", "eval", "torch storage"])
+def test_weights_are_never_run(tiny_cfg, tmp_path, command, call):
+    marker = tmp_path / "marker"
+    data = {"model": {"a": hostile.calls(marker)[call]}, "class_names": ["a"]}
+    pickle_file, zip_file = tmp_path / "a.pkl", tmp_path / "b.pth"
+    pickle_file.write_bytes(pickle.dumps(data))
+    hostile.torch_zip(zip_file, pickle.dumps(data, protocol=2))
+    (tmp_path / "c.yaml").write_text(tiny_cfg.dump())
+    image = str(tmp_path / "a.png")
+    cv2.imwrite(image, np.zeros((32, 32, 3), np.uint8))
+    for path in map(str, (pickle_file, zip_file)):
+        words = {
+            "convert": [path, "--output", str(tmp_path / "out.pth")],
+            "predict": [image, "--config-file", str(tmp_path / "c.yaml"), "--weights", path],
+        }
+        with pytest.raises(SystemExit) as end:
+            main([command, *words[command]])
+        line = end.value.code
+        assert line.startswith("error: ") and line.isprintable() and " is refused" in line
+    assert not marker.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pkl", "a.png", "b.pth", "c.yaml"]
+
+
+def test_incomplete_or_broken_weights_leave_no_files(weights, tmp_path, error):
+    state = torch.load(weights)
+    torch.save({k: v for k, v in state.items() if "layer2.0.bn2" not in k}, tmp_path / "in.pth")
+    line = error(tmp_path / "in.pth", "--output", tmp_path / "out.pth")
+    assert "in.pth cannot be converted: " in line and "res3.0.conv2.norm" in line
+    torch.save({**state, "bn1.bias": torch.full((64,), float("nan"))}, tmp_path / "in.pth")
+    line = error(tmp_path / "in.pth", "--output", tmp_path / "out.pth")
+    assert "in.pth is not usable: 1 of its" in line and "bn1.bias" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
+
+
 def test_check_finds_what_does_not_fit(weights, tmp_path):
     main(["convert", str(weights), "--output", str(tmp_path / "a.pth")])
     state = read_checkpoint(tmp_path / "a.pth")["model"]
@@ -136,7 +175,9 @@ def test_checkpoint_of_a_training_keeps_its_config_but_no_imports(tiny_cfg, tmp_
     model = Trainer.build_model(tiny_cfg)
     saver = Checkpointer(model, str(tmp_path))
     saver.class_names = list("0123456789")
-    saver.save("model_final", resume={"config": tiny_cfg.dump()})
+    (tmp_path / "base.yaml").write_text(f"IMPORTS: ['{tmp_path / 'evil.py'}']")
+    text = f"_BASE_: {tmp_path / 'base.yaml'}\n{tiny_cfg.dump()}"
+    saver.save("model_final", resume={"config": text})
     main(
         ["convert", str(tmp_path / "model_final.pth"), "--output", str(tmp_path / "a.safetensors")]
     )

@@ -175,3 +175,13 @@ def test_evaluation_takes_the_newest_whole_checkpoint(run, error, out, weights, 
     assert f"Weights     {out}/model_0000001.pth" in printed
     (out / "model_0000001.pth").unlink()
     assert "there are no weights to evaluate" in error("--eval-only", "--resume")
+
+
+def test_evaluation_takes_classes_by_name(run, tmp_path, capsys, tiny_cfg):
+    """The AP of a checkpoint whose classes have another order than the dataset's is of the same."""
+    saver = Checkpointer(Trainer.build_model(tiny_cfg), str(tmp_path))
+    saver.class_names = list("9876543210")
+    saver.save("other_order")
+    run("--eval-only", "MODEL.WEIGHTS", str(tmp_path / "other_order.pth"))
+    line = "WARNING: cls_score: 10 of 10 classes kept by name (0, 1, 2, ...), 10 of them moved"
+    assert line in capsys.readouterr().out

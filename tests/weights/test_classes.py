@@ -94,9 +94,15 @@ def test_no_name_in_common_and_another_number_is_all_new(finetune):
     assert lines == ["cls_score: 0 of 2 classes kept by name, 2 new"]
 
 
-@pytest.mark.parametrize("theirs", [["a", "b", "c"], ["a", "a", "b"]], ids=["none", "repeated"])
-def test_unknown_names_are_not_guessed(finetune, theirs):
-    _, before, after, lines = finetune(theirs, ["a", "b"], names=theirs[0] == theirs[1])
+def test_names_that_a_file_has_twice_are_none(finetune):
+    """torchvision's COCO has ten classes "N/A"."""
+    saved, before, after, lines = finetune(["N/A", "car", "N/A", "bus"], ["N/A", "bus", "car"])
+    assert torch.equal(after[:, 1:], saved[:, [3, 1]]) and torch.equal(after[:, 0], before[:, 0])
+    assert lines == ["cls_score: 2 of 3 classes kept by name (bus, car), 1 new"]
+
+
+def test_unknown_names_are_not_guessed(finetune):
+    _, before, after, lines = finetune(["a", "b", "c"], ["a", "b"], names=False)
     assert torch.equal(after, before)
     assert lines == ["cls_score: 3 classes without known names are not used, 2 new"]
 
@@ -106,15 +112,58 @@ def test_names_of_a_file_cannot_break_the_line(finetune):
     assert all(line.isprintable() and len(line) < 150 for line in lines) and len(lines) == 1
 
 
-def test_evaluation_and_resume_have_no_surgery(tmp_path):
-    """An evaluation refuses other classes; a checkpoint to resume from is loaded as it is."""
+@pytest.fixture
+def evaluate(tmp_path, log):
+    """``evaluate(theirs, ours)``: rows of the file and of the evaluated model, and the warnings."""
+
+    def run(theirs, ours, resume=False):
+        saver = Checkpointer(Model(len(theirs)), str(tmp_path))
+        nn.init.normal_(saver.model.head.cls_score.bias)
+        saver.class_names = theirs
+        saver.save("model_0000001", iteration=1)
+        model = Model(len(ours))
+        checkpointer = Checkpointer(model, str(tmp_path))
+        checkpointer.class_names = ours
+        log.clear()
+        checkpointer.load_complete(str(tmp_path / "model_0000001.pth"), resume=resume)
+        lines = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
+        return rows(saver.model.head.cls_score), rows(model.head.cls_score), lines
+
+    return run
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_evaluation_takes_classes_by_name(evaluate, resume):
+    """Else the AP would be that of other classes, and nothing would say so."""
+    saved, loaded, lines = evaluate(["a", "b", "c"], ["c", "a", "b"], resume)
+    assert torch.equal(loaded, saved[:, [2, 0, 1]]) and "3 of them moved" in lines[0]
+    saved, loaded, lines = evaluate(["N/A", "a", "b", "N/A", "c"], ["c", "a"], resume)
+    assert torch.equal(loaded, saved[:, [4, 1]]) and len(lines) == 1
+    saved, loaded, lines = evaluate(["a", "b"], ["a", "b"], resume)
+    assert torch.equal(loaded, saved) and not lines
+
+
+def test_evaluation_keeps_renamed_classes_and_says_so(evaluate):
+    saved, loaded, lines = evaluate(["a", "tv"], ["a", "television"])
+    assert torch.equal(loaded, saved)
+    assert lines == [
+        "cls_score: the weights and the dataset name 1 classes differently (class 1: tv, "
+        "television); they keep their places"
+    ]
+
+
+def test_evaluation_refuses_classes_that_the_weights_lack(evaluate):
+    with pytest.raises(ConfigError, match=r"class 1 of the weights is 'b', which is class 0 of"):
+        evaluate(["a", "b"], ["b", "c"])
+    with pytest.raises(ConfigError, match="has a head of 2 classes"):
+        evaluate(["a", "b"], ["a", "b", "c"])
+
+
+def test_resume_has_no_surgery(tmp_path):
+    """A checkpoint to resume from is loaded as it is."""
     saver = Checkpointer(Model(2), str(tmp_path))
     saver.class_names = ["a", "b"]
     saver.save("model_0000001", iteration=1)
-    evaluated = Checkpointer(Model(3))
-    evaluated.load(str(tmp_path / "model_0000001.pth"))
-    with pytest.raises(ConfigError, match="has a head of 2 classes"):
-        evaluated.check_complete()
     model = Model(2)
     resumed = Checkpointer(model, str(tmp_path))
     resumed.class_names = ["b", "a"]

@@ -1,5 +1,6 @@
 """Reading weights: every format and wrapper loads, nothing runs, everything else is one line."""
 
+import argparse
 import collections
 import gzip
 import io
@@ -407,6 +408,24 @@ def test_zip_that_reads_its_parts_twice_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pth", "a") as archive, pytest.warns(UserWarning):
         archive.writestr("a/data.pkl", archive.read("a/data.pkl"))
     assert "zip archive" in error(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_files_of_torchvisions_training_script_are_read(tmp_path, new_format):
+    """They hold the command's options too, as a Namespace. What is in it is looked at as well."""
+    path, marker = tmp_path / "checkpoint.pth", tmp_path / "marker"
+    for options in (
+        {"lr": 0.01, "device": torch.device("cpu")},
+        {"lr": hostile.calls(marker)["eval"]},
+    ):
+        data = {"model": {"a": torch.ones(2)}, "args": argparse.Namespace(**options)}
+        torch.save(data, path, _use_new_zipfile_serialization=new_format)
+        if "device" in options:
+            assert torch.equal(read_checkpoint(path)["model"]["a"], torch.ones(2))
+        else:
+            with pytest.raises(ConfigError, match="is refused"):
+                read_checkpoint(path)
+    assert not marker.exists()
 
 
 def test_config_in_a_checkpoint_is_data(tmp_path):

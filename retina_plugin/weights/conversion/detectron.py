@@ -32,11 +32,12 @@ AFFINE_VAR = 1.0 - 1e-5
 _BRANCHES = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
 _NORM = {"s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
 _PARAMETERS = {"w": "weight", "b": "bias"}
-# COCO AP of the model zoo's models is for these.
 _NOTES = [
     "Detectron pads images to a multiple of 128 pixels, resizes them without antialiasing, keeps "
     "every score on P7 and counts the last pixel as a part of a box in NMS; here all of this is "
     "done as in Detectron2, so detections differ a little.",
+    "Anchors are not in the file; those of its own RetinaNets were taken (ANCHOR_SCALE 4). If the "
+    "model has others, set MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS to them.",
 ]
 
 

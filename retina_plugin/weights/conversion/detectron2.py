@@ -84,7 +84,8 @@ def of_a_training(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) ->
     notes = ["The config is that of the training, from the checkpoint."]
     if config.pop("IMPORTS", None):  # a file of weights may not choose what is run
         notes.append("Its IMPORTS are left out: add those that you trust.")
-    config.pop("OUTPUT_DIR", None)
+    for key in ("OUTPUT_DIR", "_BASE_"):  # a base could have imports of its own
+        config.pop(key, None)
     return Converted(dict(state), config, None, notes)
 
 

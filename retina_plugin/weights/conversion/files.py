@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from textwrap import wrap
@@ -17,6 +18,7 @@ from torch import Tensor
 from retina_plugin.cache import atomic_write
 from retina_plugin.errors import ConfigError, one_line
 
+from ..fit import check_finite
 from ..reading import read_checkpoint
 from . import detectron2
 from .source import Converted, Source
@@ -66,6 +68,7 @@ def convert_weights(path: str | os.PathLike, source: str | None = None) -> tuple
     known = get_source(source) if source is not None else None
     checkpoint = read_checkpoint(path)
     state = without_prefix(checkpoint["model"])
+    check_finite(state, os.fspath(path))
     try:
         known = known or find_source(state)
         if known is None:
@@ -160,11 +163,15 @@ def _metadata(converted: Converted) -> dict[str, str]:
 
 def _config_text(output: Path, converted: Converted, origin: str) -> str:
     is_backbone = not any(name.startswith("head.") for name in converted.state)
-    command = f"retina train --config-file {config_path(output)}"
+    config = shlex.quote(str(config_path(output)))
     lines = [
-        f"Config of {output.name}: {len(converted.state)} tensors, converted from {origin}.",
+        f"Config of {output.name}, converted from {origin}.",
         *converted.notes,
-        f"Train from it: {command}" if is_backbone else f"Evaluate it: {command} --eval-only",
+        # Detectron2 takes a relative path from the folder in which a command is run
+        "MODEL.WEIGHTS is an absolute path: change it if you move the files.",
+        f"Train from it: retina train --config-file {config}"
+        if is_backbone
+        else f"Detect with it: retina predict --config-file {config} photo.jpg",
     ]
     header = "".join(f"# {line}\n" for text in lines for line in wrap(one_line(text), 98))
     return header + yaml.safe_dump(converted.config, sort_keys=False, default_flow_style=None)

@@ -76,6 +76,8 @@ def _convert(state: Mapping[str, Tensor]) -> Converted:
             "conv."
         ),
         "Boxes without area, which MMDetection drops before the NMS, are kept.",
+        "Anchors are not in the file; those of its base config were taken (octave_base_scale 4). "
+        "If the model has others, set MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS to them.",
     ]
     if names:
         notes.append("80 classes: the names are COCO's.")

@@ -16,6 +16,7 @@ from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
 from retina_plugin.errors import ConfigError
 
+from .resnets import resnet_config, torchvision_name
 from .source import Converted, Source
 
 __all__ = ["SOURCE", "convert"]
@@ -30,27 +31,7 @@ _SIZES = [
 ]
 _NUM_SIZES, _NUM_RATIOS = 3, 3
 
-# Blocks of layer1 to layer4 and convs of a block -> depth.
-_DEPTHS: dict[tuple[int, ...], int] = {
-    (2, 2, 2, 2, 2): 18,
-    (3, 4, 6, 3, 2): 34,
-    (3, 4, 6, 3, 3): 50,
-    (3, 4, 23, 3, 3): 101,
-    (3, 8, 36, 3, 3): 152,
-}
-
 _EPS = 1e-5  # of batch norm in PyTorch and Detectron2
-
-_BLOCK_PARTS = {
-    "conv1": "conv1",
-    "conv2": "conv2",
-    "conv3": "conv3",
-    "bn1": "conv1.norm",
-    "bn2": "conv2.norm",
-    "bn3": "conv3.norm",
-    "downsample.0": "shortcut",
-    "downsample.1": "shortcut.norm",
-}
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
@@ -89,6 +70,11 @@ def convert(state: Mapping[str, Tensor], bn_eps: float | None = None) -> Convert
             f"{_DELTAS} is for {num_anchors} anchors at a location, torchvision's own RetinaNets "
             "have 9: the anchors of others are not in their weights, so they cannot be converted"
         )
+    if len(state[_LOGITS]) % num_anchors:
+        raise ConfigError(
+            f"{_LOGITS} has {len(state[_LOGITS])} channels, which is no multiple of {num_anchors}, "
+            "the anchors at a location"
+        )
     is_v2 = "head.classification_head.conv.0.1.weight" in state
     is_frozen = not any(name.endswith("num_batches_tracked") for name in state)
     if bn_eps is None:
@@ -107,15 +93,24 @@ def convert(state: Mapping[str, Tensor], bn_eps: float | None = None) -> Convert
     categories = list(RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
     names = categories if num_classes == len(categories) else None
     notes = [
-        f"batch norm's eps is not in the file; {bn_eps:g} was taken"
+        f"Batch norm's eps is not in the file; {bn_eps:g} was taken"
         + (
-            ", as torchvision does for its COCO weights of the first version (bn_eps of "
-            "retina_plugin.weights.conversion.torchvision.convert sets another)"
+            ", as torchvision does for its COCO weights of the first version and what is "
+            "fine-tuned from them. A model that began with a backbone's weights alone has 1e-5: "
+            "docs/models.md has the lines of Python that set it."
             if bn_eps == 0
-            else ""
+            else "."
         ),
-        "classes have torchvision's numbers: 0 is its background, which is never a detection of "
-        "trained weights" + (", the others are COCO's category ids" if names else ""),
+        "Classes have torchvision's numbers: 0 is its background, which is never a detection of "
+        "trained weights"
+        + (
+            ", the others are COCO's category ids, of which ten are unused (N/A). An evaluation on "
+            "COCO takes the 80 classes by name: set MODEL.RETINANET.NUM_CLASSES 80."
+            if names
+            else "."
+        ),
+        "Anchors are not in the file; torchvision's own were taken. If the model was given others, "
+        "set MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS to them.",
     ]
     return Converted(converted, _config(state, converted, num_classes, is_v2), names, notes)
 
@@ -137,12 +132,9 @@ def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _new_name(name: str, is_v2: bool) -> str:
-    body, fpn = r"backbone\.body\.", r"backbone\.fpn\."
-    parts = "|".join(map(re.escape, _BLOCK_PARTS))
-    if m := re.fullmatch(rf"{body}(conv1|bn1)\.(\w+)", name):
-        return f"backbone.bottom_up.stem.conv1.{'norm.' if m[1] == 'bn1' else ''}{m[2]}"
-    if m := re.fullmatch(rf"{body}layer([1-4])\.(\d+)\.({parts})\.(\w+)", name):
-        return f"backbone.bottom_up.res{int(m[1]) + 1}.{m[2]}.{_BLOCK_PARTS[m[3]]}.{m[4]}"
+    body, fpn = "backbone.body.", r"backbone\.fpn\."
+    if name.startswith(body) and (resnet_name := torchvision_name(name.removeprefix(body))):
+        return resnet_name
     if m := re.fullmatch(rf"{fpn}(inner|layer)_blocks\.([0-2])(?:\.0)?\.(weight|bias)", name):
         return f"backbone.fpn_{_FPN_PARTS[m[1]]}{int(m[2]) + 3}.{m[3]}"
     if m := re.fullmatch(rf"{fpn}extra_blocks\.(p[67])\.(weight|bias)", name):
@@ -220,7 +212,7 @@ def _config(
         "MODEL": {
             "PIXEL_MEAN": [123.675, 116.28, 103.53],
             "PIXEL_STD": [58.395, 57.12, 57.375],
-            "RESNETS": _resnet(ours),
+            "RESNETS": {**resnet_config(ours), "STRIDE_IN_1X1": False},
             "FPN": {"OUT_CHANNELS": channels},
             "ANCHOR_GENERATOR": {"NAME": "TorchvisionAnchorGenerator", "SIZES": _SIZES},
             "RETINANET": retinanet,
@@ -228,21 +220,3 @@ def _config(
         "INPUT": {"FORMAT": "RGB", "RESIZE": "torchvision"},
         "TEST": {"DETECTIONS_PER_IMAGE": 300},
     }
-
-
-def _resnet(ours: Mapping[str, Tensor]) -> dict[str, Any]:
-    prefix = "backbone.bottom_up.res"
-    blocks = {m[0] for name in ours if (m := re.match(rf"{re.escape(prefix)}\d\.\d+\.", name))}
-    num_blocks = [sum(block.startswith(f"{prefix}{s}.") for block in blocks) for s in range(2, 6)]
-    num_convs = sum(f"{prefix}2.0.conv{i}.weight" in ours for i in (1, 2, 3))
-    depth = _DEPTHS.get((*num_blocks, num_convs))
-    if depth is None:
-        raise ConfigError(
-            f"its backbone has {num_blocks} blocks of {num_convs} convs: known are ResNet-18, 34, "
-            "50, 101 and 152 and ResNeXts of these depths"
-        )
-    resnet: dict[str, Any] = {"DEPTH": depth, "STRIDE_IN_1X1": False}
-    out_channels, group_width = ours[f"{prefix}2.0.conv2.weight"].shape[:2]
-    if num_convs == 2:
-        return {**resnet, "RES2_OUT_CHANNELS": out_channels}
-    return {**resnet, "NUM_GROUPS": out_channels // group_width, "WIDTH_PER_GROUP": group_width}

@@ -197,7 +197,9 @@ def test_config_is_detectrons(tmp_path):
     assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 and cfg.MODEL.ANCHOR_GENERATOR.OFFSET == 0.5
     assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (800, 1333)
     text = (tmp_path / "ours.yaml").read_text()
-    assert "# Evaluate it: retina train --config-file" in text and "model.pkl (detectron)" in text
+    assert (
+        "# Detect with it: retina predict --config-file" in text and "model.pkl (detectron)" in text
+    )
 
 
 def test_eighty_classes_are_cocos():

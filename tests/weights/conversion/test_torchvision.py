@@ -436,6 +436,10 @@ def test_what_cannot_be_converted_is_one_line(of_18_layers):
     cases = {
         r"P3 to P7: it has no backbone.fpn.extra_blocks.p6.weight": without("extra_blocks"),
         r"is for 3 anchors at a location": {**state, deltas: torch.zeros(12, 256, 3, 3)},
+        r"has 37 channels, which is no multiple of 9": {
+            **state,
+            "head.classification_head.cls_logits.weight": torch.zeros(37, 256, 3, 3),
+        },
         r"backbone.body.layer1.0.se.weight is not a name": {
             **state,
             "backbone.body.layer1.0.se.weight": torch.zeros(1),
