@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
+import os
 import signal
 import sys
 import threading
@@ -45,7 +47,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="NAME", help="a public model, instead of both")
     parser.add_argument("--output", default="predictions", metavar="DIR", help="(predictions)")
     parser.add_argument("--score", type=float, default=0.3, help="lowest score (default: .3)")
-    parser.add_argument("--classes", metavar="A,B", help="names of the classes to keep")
+    parser.add_argument(
+        "--classes", metavar="A,B", help='names of the classes to keep; one with a comma in ""'
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at once (1)")
     parser.add_argument("--tile", type=int, metavar="PIXELS", help="detect in tiles of this side")
     parser.add_argument("--overlap", type=float, default=0.2, help="of tiles (default: .2)")
@@ -70,11 +74,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--model brings its weights: leave out --weights")
     with console(0):
         run = _Run(args)
-        sources = find_inputs(args.inputs, run.failed)
+        drawn = [run.output / "images", run.output / "videos"]
+        sources = find_inputs(args.inputs, run.failed, not_in=drawn)
         if not sources:
             raise ConfigError("there is nothing to detect in")
+        if run.draws:
+            _check_not_overwritten(sources, drawn)
+        predictor = _predictor(args)
         try:
-            run(_predictor(args), sources)
+            run(predictor, sources)
         except OSError as error:
             raise ConfigError(
                 f"--output: cannot write {args.output} ({error.strerror or error})"
@@ -94,11 +102,21 @@ def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     return words, []
 
 
+def _check_not_overwritten(sources: list[str | int], drawn: list[Path]) -> None:
+    """Raise a :class:`ConfigError` if drawn images would replace images that are inputs."""
+    folders = {os.path.realpath(folder) for folder in drawn}
+    for source in sources:
+        if isinstance(source, str) and os.path.realpath(os.path.dirname(source)) in folders:
+            raise ConfigError(
+                f"--output: a drawn image could replace the input {source}: choose another folder"
+            )
+
+
 def _predictor(args: argparse.Namespace) -> RetinaPredictor:
     options: dict[str, Any] = {
         "device": args.device,
         "score": args.score,
-        "classes": args.classes and [name.strip() for name in args.classes.split(",")],
+        "classes": None if args.classes is None else _names(args.classes),
         "batch_size": args.batch,
         "tile": args.tile,
         "overlap": args.overlap,
@@ -107,6 +125,11 @@ def _predictor(args: argparse.Namespace) -> RetinaPredictor:
     if args.model is not None:
         return RetinaPredictor.from_model(args.model, **options)
     return RetinaPredictor.load(args.config_file, args.weights, **options)
+
+
+def _names(text: str) -> list[str]:
+    """Names between commas; one that has a comma itself stands in double quotes."""
+    return [name.strip() for name in next(csv.reader([text or " "], skipinitialspace=True))]
 
 
 class _Run:
@@ -126,7 +149,7 @@ class _Run:
 
     def __call__(self, predictor: RetinaPredictor, sources: list[str | int]) -> None:
         images = [s for s in sources if isinstance(s, str) and not is_video(s)]
-        videos = [s for s in sources if s not in set(images)] if len(images) < len(sources) else []
+        videos = [s for s in sources if not isinstance(s, str) or is_video(s)]
         self.output.mkdir(parents=True, exist_ok=True)
         number = 0
         with contextlib.ExitStack() as stack:
@@ -145,7 +168,8 @@ class _Run:
                     number += self._write_video(predictor, source)
         print(f"{number:,} detections: {self.output / 'predictions.json'}")
         if self.failures:
-            print(f"{self.failures:,} inputs were left out", file=sys.stderr)
+            were = "input was" if self.failures == 1 else "inputs were"
+            print(f"{self.failures:,} {were} left out", file=sys.stderr)
 
     def _progress(
         self, found: Any, total: int | None, what: str

@@ -97,7 +97,7 @@ def _as_bad_image(file_name: str) -> Iterator[None]:
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise BadImageError(
             f"cannot read the image {file_name} ({' '.join(str(error).split())}): replace the "
-            "file, or remove it from the dataset's annotations"
+            "file or leave it out"
         ) from error
 
 

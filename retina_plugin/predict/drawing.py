@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import matplotlib
 import numpy as np
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 __all__ = ["class_colour", "draw_boxes"]
@@ -28,7 +29,8 @@ def draw_boxes(
 
     Lines and letters grow with the image, so that they look the same at the size of a screen. The
     best detection is drawn last, on top. The font is DejaVu Sans, which matplotlib brings: Latin,
-    Greek, Cyrillic, Arabic and more; OpenCV's own letters are ASCII.
+    Greek, Cyrillic, Arabic and more; OpenCV's own letters are ASCII. A name that it has no letters
+    for, as in Chinese, is drawn as "#" and the class's number.
 
     Args:
         image: (H, W, 3) uint8 BGR.
@@ -48,7 +50,7 @@ def draw_boxes(
         cv2.rectangle(drawn, (x0, y0), (x1, y1), colour[::-1], line)
     for i in order:
         x0, y0, _, _ = _inside(boxes[i], width, height)
-        label = f"{_shortened(names[class_ids[i]])} {scores[i]:.2f}"
+        label = f"{_shortened(_drawable(names[class_ids[i]], int(class_ids[i])))} {scores[i]:.2f}"
         _draw_label(drawn, (x0, y0), label, class_colour(int(class_ids[i])), font)
     return drawn
 
@@ -94,7 +96,20 @@ def _shortened(name: str) -> str:
     return name if len(name) <= 40 else f"{name[:39]}…"
 
 
+def _drawable(name: str, class_id: int) -> str:
+    missing = any(c.isprintable() and ord(c) not in _letters() for c in name)
+    return f"#{class_id}" if missing else name
+
+
+@functools.lru_cache(maxsize=1)
+def _letters() -> frozenset[int]:
+    return frozenset(FT2Font(_font_file()).get_charmap())
+
+
+def _font_file() -> str:
+    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+
+
 @functools.lru_cache(maxsize=16)
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    return ImageFont.truetype(str(path), size)
+    return ImageFont.truetype(_font_file(), size)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from detectron2.data import detection_utils
 from PIL import Image, ImageOps
+from torch import Tensor
 
-from retina_plugin.data.images import BadImageError, read_image
+from retina_plugin.data.images import BadImageError, image_to_tensor, read_image
 from retina_plugin.errors import ConfigError
 
-__all__ = ["ImageLike", "as_bgr", "in_format"]
+__all__ = ["ImageLike", "as_bgr", "in_format", "unresized"]
 
 ImageLike = str | os.PathLike | np.ndarray | Image.Image
 
@@ -88,3 +90,16 @@ def in_format(image: np.ndarray, image_format: str) -> np.ndarray:
         return image[:, :, ::-1]
     rgb = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
     return detection_utils.convert_PIL_to_numpy(rgb, image_format)
+
+
+def unresized(resizes: Sequence[Callable[[np.ndarray], Tensor]]) -> Callable[[np.ndarray], Tensor]:
+    """What prepares an image for test-time augmentation, which resizes it for each view."""
+
+    def prepare(image: np.ndarray) -> Tensor:
+        if max(image.shape[:2]) > 10 * min(image.shape[:2]):  # a thin one may lose its short side
+            for view in (resize(image) for resize in resizes):
+                if 0 in view.shape:
+                    return view
+        return image_to_tensor(image)
+
+    return prepare

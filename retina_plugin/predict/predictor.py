@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from torch import Tensor, nn
+from torch import Tensor
 
 from retina_plugin.data import DATASET_MAPPER_REGISTRY
-from retina_plugin.data.images import BadImageError, image_to_tensor
-from retina_plugin.engine.performance import Autocast, inference_dtype
+from retina_plugin.data.images import BadImageError
+from retina_plugin.data.views import build_resizes
+from retina_plugin.engine.performance import build_detector
 from retina_plugin.errors import ConfigError
 
 from .batches import grouped, padded_size, read_ahead
-from .images import in_format
+from .images import in_format, unresized
 from .loading import load_model, prediction_cfg
 from .predictions import Predictions, class_indices
 from .sources import Frame, OnError, describe, is_video, list_folder, read_frames
@@ -132,15 +133,10 @@ class RetinaPredictor:
             )
         model, (names, category_ids) = load_model(cfg)
         backbone = getattr(model, "backbone", None)
-        detector: nn.Module = model
         if cfg.TEST.AUG.ENABLED:
-            module = importlib.import_module("retina_plugin.modeling.test_time_augmentation")
-            detector = module.RetinaNetWithTTA.build(cfg, model)
-            detector.eval()
-            prepare = image_to_tensor  # each view is resized on its own
-        device_type = torch.device(cfg.MODEL.DEVICE).type
+            prepare = unresized(build_resizes(cfg))
         return cls(
-            Autocast(detector, device_type, inference_dtype(cfg)),
+            build_detector(cfg, model),
             prepare,
             image_format=cfg.INPUT.FORMAT,
             names=names,
@@ -222,9 +218,12 @@ class RetinaPredictor:
                         raise
                     on_error(frame, error)
                 else:
-                    yield frame, found
+                    # not before the merge: a whole object of another class replaces its parts
+                    yield frame, found.filter(classes=self.classes)
         else:
-            yield from self._in_batches(read_ahead(self._prepared(frames, on_error), _READ_AHEAD))
+            prepared = read_ahead(self._prepared(frames, on_error), _READ_AHEAD)
+            for frame, found in self._in_batches(prepared):
+                yield frame, found.filter(classes=self.classes)
 
     def _prepared(self, frames: Iterable[Frame], on_error: OnError | None) -> Iterator[_Prepared]:
         for frame in frames:
@@ -246,7 +245,7 @@ class RetinaPredictor:
             height, width = pixels.shape[:2]
             raise BadImageError(
                 f"{describe(frame)} of {width}x{height} pixels has no pixel left on its short side "
-                "when it is resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST: cut it into parts"
+                "when it is resized to the test size: cut it into parts"
             )
         return _Prepared(frame, tensor)
 
@@ -259,7 +258,7 @@ class RetinaPredictor:
             batch_size=self.batch_size,
         )
         for entry, found in results:
-            yield entry.frame, self._filtered(found)
+            yield entry.frame, found.filter(score=self.score)
 
     @torch.inference_mode()
     def _detect(self, batch: list[_Prepared]) -> list[Predictions]:
@@ -284,14 +283,11 @@ class RetinaPredictor:
         self, boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray, frame: Frame
     ) -> Predictions:
         height, width = frame.pixels.shape[:2]
-        return Predictions(
+        found = Predictions(
             boxes, scores, classes, (height, width), self.names, self.category_ids, frame.path
         )
-
-    def _filtered(self, found: Predictions) -> Predictions:
-        if self.score is None and self.classes is None:
-            return found
-        return found.filter(score=self.score, classes=self.classes)
+        # torchvision's models keep boxes outside the image, which are clipped to no area
+        return found[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)]
 
     def _detect_in_tiles(self, frame: Frame, side: int) -> Predictions:
         height, width = frame.pixels.shape[:2]

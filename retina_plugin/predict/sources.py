@@ -67,34 +67,48 @@ def list_folder(folder: str | os.PathLike[str], *, videos: bool = False) -> list
     return [os.path.join(folder, name) for name in names]
 
 
-def find_inputs(inputs: Iterable[str], on_error: OnError) -> list[str | int]:
+def find_inputs(
+    inputs: Iterable[str], on_error: OnError, *, not_in: Iterable[str | os.PathLike[str]] = ()
+) -> list[str | int]:
     """Files and webcams that a command's inputs stand for, each once.
 
     Args:
         inputs: files, folders, patterns such as ``photos/**/*.jpg``, or numbers of webcams. What
             exists under the very name is never taken for a pattern or a number.
         on_error: is called with what stands for nothing.
+        not_in: folders in which patterns find nothing, such as the output of an earlier run.
     """
-    found: dict[str | int, None] = {}
+    found: dict[str | int, str | int] = {}
+    excluded = {os.path.realpath(folder) for folder in not_in}
+
+    def add(files: Iterable[str]) -> None:
+        for file in files:  # a.jpg and ./a.jpg are one
+            found.setdefault(file if "://" in file else os.path.abspath(file), file)
+
     for name in inputs:
         path = os.path.expanduser(name)
         if os.path.isdir(path):
             files = list_folder(path, videos=True)
             if not files:
                 on_error(name, ConfigError("the folder has no images or videos"))
-            found.update(dict.fromkeys(files))
+            add(files)
         elif os.path.exists(path) or "://" in path:
-            found[path] = None
+            add([path])
         elif name.isascii() and name.isdecimal():
-            found[int(name)] = None
+            found[int(name)] = int(name)
         elif glob.has_magic(path):
-            matches = sorted(p for p in glob.iglob(path, recursive=True) if not os.path.isdir(p))
+            matches = sorted(
+                match
+                for match in glob.iglob(path, recursive=True)
+                if not os.path.isdir(match)
+                and os.path.realpath(os.path.dirname(match)) not in excluded
+            )
             if not matches:
                 on_error(name, ConfigError("no file matches this pattern"))
-            found.update(dict.fromkeys(matches))
+            add(matches)
         else:
             on_error(name, ConfigError("there is no such file or folder"))
-    return list(found)
+    return list(found.values())
 
 
 def read_frames(sources: Iterable[Any], on_error: OnError | None = None) -> Iterator[Frame]:

@@ -58,15 +58,16 @@ def merge_tiles(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One list of detections from those of overlapping tiles.
 
-    Two boxes of different tiles are compared in the area that both tiles see: there they must be
-    the same if they are of one object, however much of it each tile cuts off. With IoU above .5 in
-    that area:
+    A box is cut if it ends at a border of its tile inside the image. Two boxes of different tiles
+    are of one object if their IoU is above .5 in the area that both tiles see: there they must be
+    the same, however much of the object each tile cuts off.
 
-    - both whole, same class: the box with the higher score stays, as in NMS;
-    - one of them ends at a border that cuts it: the whole one stays, whatever class the part was
-      taken for;
-    - both cut, same class: the box around both, with the higher score. So an object larger than
-      the overlap, or than a tile, is put together.
+    - Of whole boxes of one object and class the one with the higher score stays, as in NMS.
+    - A cut box goes if another tile sees its place uncut: what is there is told by that tile. It
+      also goes if half of it lies in a whole box of another tile, whatever class the part was
+      taken for.
+    - Other cut boxes of one object become the box around them, whatever their classes. Each class
+      keeps its best score. So an object larger than the overlap, or than a tile, is put together.
 
     Args:
         tiles: (S, 4) the tile of each detection, XYXY.
@@ -78,72 +79,85 @@ def merge_tiles(
         boxes, scores and classes by decreasing score.
     """
     cut = _is_cut(tiles, boxes, image_size)
-    found: list[_Object] = []
-    # owner[i]: the object that box i was found to be of
-    owner = np.full(len(boxes), -1)
-    for i in np.lexsort((-scores, cut)):  # whole boxes first, each by decreasing score
-        seen = np.flatnonzero(owner >= 0)
-        seen = seen[(tiles[seen] != tiles[i]).any(axis=1)]
-        iou, share = _agreement(tiles[i], boxes[i], tiles[seen], boxes[seen])
-        same_class = classes[seen] == classes[i]
-        if cut[i]:
-            # a part lies in the whole, which may be larger even where both tiles look
-            matches = np.where(cut[seen], same_class & (iou > _AGREE), share > _AGREE)
-        else:
-            matches = same_class & (iou > _AGREE)
-        if matches.any():
-            best = np.where(matches, iou, -1).argmax()
-            owner[i] = owner[seen[best]]
-            if cut[i]:
-                found[owner[i]].grow(boxes[i])
-        else:
-            owner[i] = len(found)
-            found.append(_Object(boxes[i], scores[i], classes[i], bool(cut[i])))
-    kept = _joined(found)
-    order = np.argsort([-x.score for x in kept], kind="stable")
+    considered = ~(cut & _seen_uncut(tiles, boxes, image_size))
+    order = np.argsort(-scores, kind="stable")
+    whole: list[int] = []
+    for i in order[~cut[order]]:
+        others = [j for j in whole if classes[j] == classes[i] and (tiles[j] != tiles[i]).any()]
+        iou, _ = _agreement(tiles[i], boxes[i], tiles[others], boxes[others])
+        if not (iou > _AGREE).any():
+            whole.append(i)
+    parts = []
+    for i in order[(cut & considered)[order]]:
+        others = [j for j in whole if (tiles[j] != tiles[i]).any()]
+        _, share = _agreement(tiles[i], boxes[i], tiles[others], boxes[others])
+        if not (share > _AGREE).any():
+            parts.append(i)
+    found = [(boxes[i], scores[i], classes[i]) for i in whole]
+    for same in _groups(tiles[parts], boxes[parts]):
+        index = np.array(parts)[same]
+        found += _put_together(tiles[index], boxes[index], scores[index], classes[index])
+    found.sort(key=lambda x: -x[1])
+    merged_boxes, merged_scores, merged_classes = zip(*found) if found else ((), (), ())
     return (
-        np.array([kept[i].box for i in order], np.float32).reshape(-1, 4),
-        np.array([kept[i].score for i in order], np.float32),
-        np.array([kept[i].class_ for i in order], np.int64),
+        np.array(merged_boxes, np.float32).reshape(-1, 4),
+        np.array(merged_scores, np.float32),
+        np.array(merged_classes, np.int64),
     )
 
 
-class _Object:
-    """A detection in the making."""
-
-    def __init__(self, box: np.ndarray, score: float, class_: int, is_part: bool) -> None:
-        self.box, self.score, self.class_, self.is_part = box.copy(), score, class_, is_part
-
-    def grow(self, box: np.ndarray) -> None:
-        """Cover another part. A whole box has its size."""
-        if self.is_part:
-            self.box[:2] = np.minimum(self.box[:2], box[:2])
-            self.box[2:] = np.maximum(self.box[2:], box[2:])
+def _groups(tiles: np.ndarray, boxes: np.ndarray) -> list[np.ndarray]:
+    """Indices of the boxes of each object, in order: chains of boxes that agree."""
+    label = np.arange(len(boxes))
+    for i in range(len(boxes)):
+        iou, _ = _agreement(tiles[i], boxes[i], tiles[:i], boxes[:i])
+        joined = np.isin(label, label[:i][iou > _AGREE])
+        joined[i] = True
+        label[joined] = label[joined].min()
+    return [np.flatnonzero(label == k) for k in np.unique(label)]
 
 
-def _joined(found: list[_Object]) -> list[_Object]:
-    """Without parts that grew into another object of their class: one that four tiles cut."""
-    kept: list[_Object] = []
-    for x in sorted(found, key=lambda x: (x.is_part, -x.score)):
-        if x.is_part and any(
-            y.class_ == x.class_ and _inter(x.box, y.box) > 0.8 * min(_area(x.box), _area(y.box))
-            for y in kept
-            if y.is_part
-        ):
-            continue
-        kept.append(x)
-    return kept
+def _put_together(
+    tiles: np.ndarray, boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray
+) -> list[tuple[np.ndarray, np.floating, np.integer]]:
+    """Box, score and class of an object for each class that its parts were taken for.
+
+    The box covers one part of each tile: of this class, or else the best of the tile.
+
+    Args:
+        tiles, boxes, scores, classes: of the parts, by decreasing score.
+    """
+    found = []
+    for k in dict.fromkeys(classes.tolist()):
+        of_class = np.argsort(classes != k, kind="stable")  # this class first
+        _, first = np.unique(tiles[of_class], axis=0, return_index=True)
+        cover = boxes[of_class[first]]
+        box = np.concatenate([cover[:, :2].min(axis=0), cover[:, 2:].max(axis=0)])
+        found.append((box, scores[of_class[0]], classes[of_class[0]]))
+    return found
 
 
 def _is_cut(tiles: np.ndarray, boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """(S,) whether a box ends at a border of its tile that is not the image's."""
+    """(S,) whether a box ends at or beyond a border of the tile that is not the image's.
+
+    Args:
+        tiles: (S, 4), or (4,) for one that all boxes are compared with.
+    """
     height, width = image_size
-    margin = _BORDER * (tiles[:, 2:] - tiles[:, :2])
-    inner_low = tiles[:, :2] > 0
-    inner_high = tiles[:, 2:] < [width, height]
-    low = (boxes[:, :2] < tiles[:, :2] + margin) & inner_low
-    high = (boxes[:, 2:] > tiles[:, 2:] - margin) & inner_high
+    margin = _BORDER * (tiles[..., 2:] - tiles[..., :2])
+    inner_low = tiles[..., :2] > 0
+    inner_high = tiles[..., 2:] < [width, height]
+    low = (boxes[:, :2] < tiles[..., :2] + margin) & inner_low
+    high = (boxes[:, 2:] > tiles[..., 2:] - margin) & inner_high
     return (low | high).any(axis=1)
+
+
+def _seen_uncut(tiles: np.ndarray, boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """(S,) whether the place of a box lies in another tile whose borders do not cut it."""
+    seen = np.zeros(len(boxes), bool)
+    for tile in np.unique(tiles, axis=0):
+        seen |= ~_is_cut(tile, boxes, image_size) & (tiles != tile).any(axis=1)
+    return seen
 
 
 def _agreement(

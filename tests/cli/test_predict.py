@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 from pycocotools.coco import COCO
 
 from retina_plugin.cli import main
-from retina_plugin.cli.predict import _Run, argument_parser
+from retina_plugin.cli.predict import _names, _Run, argument_parser
 from retina_plugin.predict import Predictions
 from retina_plugin.predict import video as videos
 from retina_plugin.predict.video import VideoWriter, read_video
@@ -158,6 +158,25 @@ def test_damaged_video_and_missing_webcam_are_left_out(retina, tmp_path, capfd):
 def test_mistake_is_one_line(retina, words, said):
     cv2.imwrite("a.png", noise(64, 64))
     assert said in str(retina(*words)) and "\n" not in str(retina(*words))
+
+
+def test_inputs_are_never_replaced_and_patterns_pass_over_the_output(retina, capfd):
+    Path("out/images").mkdir(parents=True)
+    cv2.imwrite("out/images/a.png", noise(40, 40))
+    before = Path("out/images/a.png").read_bytes()
+    assert "--output" in str(retina("out/images")) and "--output" in str(retina("out/images/a.png"))
+    assert Path("out/images/a.png").read_bytes() == before
+    assert retina("out/images", "--no-images") == 0  # nothing is drawn
+    cv2.imwrite("b.png", noise(40, 40))
+    assert retina("**/*.png", "./b.png", "missing") == 1
+    assert {x["file_name"] for x in results()} == {"b.png"}
+    assert "\n1 input was left out" in capfd.readouterr().err
+
+
+def test_class_name_with_a_comma(retina):
+    assert _names('car, "traffic light, red" ,a') == ["car", "traffic light, red", "a"]
+    cv2.imwrite("b.png", noise(40, 40))
+    assert "no class ''" in str(retina("b.png", "--classes", ""))
 
 
 def test_model_and_config_exclude_each_other(retina, capfd):

@@ -8,7 +8,7 @@ import pytest
 
 from retina_plugin.errors import ConfigError
 from retina_plugin.predict import Predictions
-from retina_plugin.predict.drawing import class_colour
+from retina_plugin.predict.drawing import _drawable, class_colour
 
 
 @pytest.fixture
@@ -94,6 +94,10 @@ def test_letters_beyond_ascii_are_drawn():
     ]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert (pictures[a] != pictures[b]).any()
+
+
+def test_name_without_letters_in_the_font_is_its_number():
+    assert _drawable("汽车", 3) == "#3" and _drawable("дзета é", 3) == "дзета é"
 
 
 def test_neighbouring_classes_have_different_colours():

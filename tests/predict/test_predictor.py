@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine import DefaultPredictor
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from retina_plugin.data.images import BadImageError
+from retina_plugin.data.images import BadImageError, image_to_tensor
 from retina_plugin.errors import ConfigError
 from retina_plugin.predict import Predictions, RetinaPredictor
 
@@ -236,28 +237,59 @@ def test_public_model_by_name(tiny_cfg, weights, monkeypatch, tmp_path):
     assert found.scores.min() >= 0.2
 
 
-def test_augmented_views_get_images_of_their_own_size(load, monkeypatch):
-    """TEST.AUG.ENABLED: views are made of the image as it is, not of the resized one."""
-    seen = []
+@pytest.mark.parametrize("tile", [None, 64])
+def test_views_of_an_image_are_merged(load, tile):
+    """TEST.AUG: one view of the test size is the plain detection, more are another."""
+    image = noise(100, 90)
+    plain = load(tile=tile)(image)
+    views = ["TEST.AUG.ENABLED", "True", "TEST.AUG.FLIP", "False", "TEST.AUG.MIN_SIZES"]
+    one = load(tile=tile, opts=[*views, "(64,)"])(image)
+    np.testing.assert_array_equal(one.boxes, plain.boxes)
+    np.testing.assert_array_equal(one.scores, plain.scores)
+    predictor = load(tile=tile, opts=[*views, "(64, 96)"])
+    merged = predictor(image)
+    assert len(merged) and not np.array_equal(merged.scores, plain.scores)
+    with pytest.raises(ConfigError, match="5000x1"):
+        load(opts=[*views, "(64,)", "TEST.AUG.MAX_SIZE", "1000"])(np.zeros((1, 5000, 3), np.uint8))
 
-    class Augmented(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
 
-        @classmethod
-        def build(cls, cfg, model):
-            return cls(model)
+@pytest.mark.parametrize("merge", ["wbf", "soft_nms", "class_agnostic"])
+def test_every_merge_gives_boxes_with_an_area(load, merge):
+    opts = ["TEST.MERGE", merge, "MODEL.RETINANET.BOXES_OUTSIDE_TEST", "clip"]
+    found = load(opts=opts)(noise(70, 90))
+    assert len(found) and (found.boxes[:, 2:] > found.boxes[:, :2]).all()
+    assert (np.diff(found.scores) <= 0).all()
 
-        def forward(self, inputs):
-            seen.extend(tuple(x["image"].shape) for x in inputs)
-            return self.model(inputs)
 
-    module = types.ModuleType("retina_plugin.modeling.test_time_augmentation")
-    module.RetinaNetWithTTA = Augmented
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    load(opts=["TEST.AUG.ENABLED", "True"])(noise(100, 90))
-    assert seen == [(3, 100, 90)]
+def test_box_without_area_is_no_prediction():
+    """Torchvision's models give them where a box lies outside the image."""
+    found = Instances((8, 8), scores=torch.tensor([0.9, 0.8]), pred_classes=torch.tensor([0, 0]))
+    found.pred_boxes = Boxes(torch.tensor([[8.0, 1, 8, 5], [1, 1, 4, 5]]))
+    predictor = RetinaPredictor(
+        lambda batch: [{"instances": found}], image_to_tensor, image_format="BGR", names=["a"]
+    )
+    assert predictor(noise(8, 8)).scores.tolist() == pytest.approx([0.8])
+
+
+def test_part_of_an_object_of_another_class_is_not_kept():
+    """A tile takes the cut object for "b", the tile that sees it whole for "a"."""
+
+    def model(batch):
+        results = []
+        for x in batch:
+            first = bool(x["image"][0, 0, 0] == 1)
+            box, k = ([50.0, 10, 64, 40], 1) if first else ([18.0, 10, 38, 40], 0)
+            found = Instances((64, 64), scores=torch.tensor([0.9]), pred_classes=torch.tensor([k]))
+            found.pred_boxes = Boxes(torch.tensor([box]))
+            results.append({"instances": found})
+        return results
+
+    image = np.zeros((64, 96, 3), np.uint8)
+    image[0, 0] = 1
+    options = {"image_format": "BGR", "names": ["a", "b"], "tile": 64, "overlap": 0.5}
+    for classes, expected in ((None, [[50, 10, 70, 40]]), (["a"], [[50, 10, 70, 40]]), (["b"], [])):
+        predictor = RetinaPredictor(model, image_to_tensor, classes=classes, **options)
+        assert predictor(image).boxes.tolist() == expected
 
 
 def test_mapper_without_prepare_image_is_one_line(load, monkeypatch):

@@ -70,6 +70,32 @@ def test_object_larger_than_a_tile_is_put_together():
     assert merged[0] == scores.max()
 
 
+def test_parts_of_different_classes_become_whole_boxes():
+    """An object larger than the overlap, halved by a border: no half stays, both classes do."""
+    tiles = np.array([[0, 0, 100, 100], [80, 0, 180, 100]], np.float32)
+    parts = np.array([[60, 20, 100, 60], [80, 20, 130, 60]], np.float32)
+    scores, classes = np.array([0.9, 0.5], np.float32), np.array([3, 8])
+    boxes, merged, found = merge_tiles(tiles, parts, scores, classes, (100, 180))
+    np.testing.assert_array_equal(boxes, [[60, 20, 130, 60]] * 2)
+    assert merged.tolist() == scores.tolist() and found.tolist() == [3, 8]
+
+
+def test_part_that_another_tile_does_not_confirm_goes():
+    """That tile sees the place with what is around it."""
+    tiles = np.array([[0, 0, 100, 100]], np.float32)
+    for x, kept in ((60, 1), (88, 0)):  # cut off by the other tile, or inside it
+        boxes = np.array([[x, 20, 100, 40]], np.float32)
+        other = np.array([[80, 0, 180, 100]], np.float32)
+        merged, _, _ = merge_tiles(
+            np.concatenate([tiles, other]),
+            np.concatenate([boxes, [[140, 60, 150, 80]]]),
+            np.array([0.9, 0.8], np.float32),
+            np.array([0, 0]),
+            (100, 180),
+        )
+        assert len(merged) == 1 + kept
+
+
 def test_different_objects_stay():
     """Neighbours, another class at the same place, and objects of one tile are not joined."""
     tiles = np.array([[0, 0, 100, 100], [80, 0, 180, 100], [80, 0, 180, 100]], np.float32)
