@@ -219,6 +219,7 @@ def test_interrupted_run_leaves_whole_files(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
     """20,000 files: only their names and ids are kept, below 300 bytes each."""
     monkeypatch.chdir(tmp_path)

@@ -184,6 +184,7 @@ def test_gradients_are_the_same_with_activation_checkpointing(name):
     assert counts == [1, 2]  # computed again in the backward pass
 
 
+@pytest.mark.slow
 def test_channels_last_and_compiled_give_the_same_features():
     torch.manual_seed(0)
     model = build_model(cfg_with("resnet18")).eval()

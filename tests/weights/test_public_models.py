@@ -222,6 +222,7 @@ def test_detections_are_those_of_the_converted_weights(name, publish, tmp_path):
     assert len(names) == cfg.MODEL.RETINANET.NUM_CLASSES
 
 
+@pytest.mark.slow
 def test_detections_of_detectron2s_zoo_begin_with_its_own(publish):
     name = "detectron2/retinanet_R_50_FPN_1x"
     file = publish(name)

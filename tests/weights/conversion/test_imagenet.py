@@ -12,7 +12,11 @@ from retina_plugin.weights import Checkpointer
 from retina_plugin.weights.conversion import convert_file, find_source
 from retina_plugin.weights.conversion.imagenet import SOURCE
 
-NETS = ["resnet18", "resnet50", "resnext50_32x4d"]
+NETS = [
+    "resnet18",
+    "resnet50",
+    pytest.param("resnext50_32x4d", marks=pytest.mark.slow),
+]
 
 
 def random_resnet(name):
