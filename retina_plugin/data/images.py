@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from retina_plugin.errors import ConfigError
 
@@ -95,9 +95,11 @@ def _as_bad_image(file_name: str) -> Iterator[None]:
     except BadImageError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        reason = " ".join(str(error).split())
+        if isinstance(error, UnidentifiedImageError):  # its text shows Pillow's file object
+            reason = "it is no image, or of an unknown format"
         raise BadImageError(
-            f"cannot read the image {file_name} ({' '.join(str(error).split())}): replace the "
-            "file or leave it out"
+            f"cannot read the image {file_name} ({reason}): replace the file or leave it out"
         ) from error
 
 
