@@ -296,7 +296,7 @@ def test_broken_image_in_training_prints_one_line(config, broken_image, workers)
     path = broken_image("train")
     args = ("DATALOADER.NUM_WORKERS", workers, "SOLVER.IMS_PER_BATCH", "8")
     line = error(config, *args)
-    assert line.startswith(f"cannot read the image {path} (") and line.endswith("annotations")
+    assert line.startswith(f"cannot read the image {path} (") and line.endswith("or leave it out")
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

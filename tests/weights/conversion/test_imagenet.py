@@ -12,11 +12,7 @@ from retina_plugin.weights import Checkpointer
 from retina_plugin.weights.conversion import convert_file, find_source
 from retina_plugin.weights.conversion.imagenet import SOURCE
 
-NETS = [
-    "resnet18",
-    "resnet50",
-    pytest.param("resnext50_32x4d", marks=pytest.mark.slow),
-]
+NETS = ["resnet18", "resnet50", "resnext50_32x4d"]
 
 
 def random_resnet(name):
@@ -40,7 +36,7 @@ def their_features(net, x):
 
 
 @pytest.mark.parametrize("converted", [True, False], ids=["converted", "as MODEL.WEIGHTS"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", [*NETS[:2], pytest.param(NETS[2], marks=pytest.mark.slow)])
 def test_features_are_torchvisions(tmp_path, log, name, converted):
     """To the bit, from a converted file and from the state dict itself."""
     net = random_resnet(name)
