@@ -207,7 +207,7 @@ class FocalRetinaNet(DenseDetector):
         return self.forward_training(images, features, self.head(features), gt_instances)
 
     def _detect(self, inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Instances]]:
-        """``DenseDetector.forward`` in inference, with a ``postprocess`` of one's own."""
+        """``DenseDetector.forward`` in inference, with this detector's ``postprocess``."""
         images = self.preprocess_image(inputs)
         features = self.backbone(images.tensor)
         features = [features[name] for name in self.head_in_features]

@@ -88,8 +88,8 @@ class RetinaNetWithTTA(nn.Module):
         """Detect in images of their original sizes.
 
         Args:
-            batched_inputs: dicts with "image" (C, H, W), and "height" and "width" of the image that
-                the boxes shall be in, if it has another size.
+            batched_inputs: dicts with "image" (C, H, W), and "height" and "width" of the image
+                whose pixels the boxes are in, if that has another size.
 
         Returns:
             {"instances"} of each image, as the detector gives them.

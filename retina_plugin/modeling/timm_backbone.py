@@ -15,17 +15,15 @@ from retina_plugin.config import KEYS
 from retina_plugin.errors import ConfigError, check_choice
 
 from .pyramid import build_pyramid, p6_source
-from .timm_models import create_features, feature_index, feature_strides, image_size
+from .timm_models import ADVICE, NAME, create_features, feature_index, feature_strides, image_size
 
 __all__ = ["TimmFeatures", "build_timm_retina_fpn_backbone"]
 
-_NAME = "MODEL.TIMM.NAME"
 _IN_FEATURES = "MODEL.FPN.IN_FEATURES"
 # Detectron2's names: res3 is the feature map of stride 8.
 _STRIDES = {f"res{level}": 2**level for level in range(1, 6)}
 # Two sides that are multiples of 32 and no usual training size: models of a fixed size refuse them.
 _PROBE_SIZE = (96, 160)
-_ADVICE = "take another model, e.g. resnet18 or convnext_atto"
 
 
 @BACKBONE_REGISTRY.register()
@@ -186,15 +184,15 @@ def _probe(
             maps = model(torch.zeros(1, in_channels, height, width))
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ConfigError(
-                f"{_NAME}: timm's {name} takes images of {image_size(name)} only, and a detector "
-                f"must take any size: {_ADVICE} ({error})"
+                f"{NAME}: timm's {name} takes images of {image_size(name)} only, and a detector "
+                f"must take any size: {ADVICE} ({error})"
             ) from None
         for feature, stride in zip(maps, reductions):
             if feature.shape[dimensions] != (height // stride, width // stride):
                 raise ConfigError(
-                    f"{_NAME}: the feature of stride {stride} of timm's {name} does not cover the "
+                    f"{NAME}: the feature of stride {stride} of timm's {name} does not cover the "
                     f"image: {tuple(feature.shape[dimensions])} for {height} x {width} pixels: "
-                    f"{_ADVICE}"
+                    f"{ADVICE}"
                 )
     by_index = dict(zip(wanted, maps))
     used = _parameters_of([by_index[index] for index in indices], model)

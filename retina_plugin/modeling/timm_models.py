@@ -13,6 +13,8 @@ import torch
 from retina_plugin.errors import ConfigError, did_you_mean
 
 __all__ = [
+    "ADVICE",
+    "NAME",
     "check_timm_name",
     "create_features",
     "feature_index",
@@ -22,8 +24,8 @@ __all__ = [
     "pixel_statistics",
 ]
 
-_NAME = "MODEL.TIMM.NAME"
-_ADVICE = "take another model, e.g. resnet18 or convnext_atto"
+NAME = "MODEL.TIMM.NAME"
+ADVICE = "take another model, e.g. resnet18 or convnext_atto"
 
 
 def import_timm() -> ModuleType:
@@ -38,11 +40,11 @@ def import_timm() -> ModuleType:
         if error.name != "timm":
             raise
         raise ConfigError(
-            f"{_NAME}: timm is not installed: pip install 'retina_plugin[timm]' or pip install timm"
+            f"{NAME}: timm is not installed: pip install 'retina_plugin[timm]' or pip install timm"
         ) from None
 
 
-def check_timm_name(name: str, key: str = _NAME) -> None:
+def check_timm_name(name: str, key: str = NAME) -> None:
     """Raise a :class:`ConfigError` if timm has no model, or no weights, of this name.
 
     Args:
@@ -84,7 +86,7 @@ def create_features(
     except (RuntimeError, AssertionError, AttributeError) as error:
         if pretrained:
             raise
-        raise ConfigError(f"{_NAME}: timm's {name} gives no feature maps: {error}") from None
+        raise ConfigError(f"{NAME}: timm's {name} gives no feature maps: {error}") from None
 
 
 def feature_strides(name: str) -> list[int]:
@@ -117,8 +119,8 @@ def feature_index(name: str, strides: Sequence[int], stride: int, freeze_key: st
             f"{', '.join(map(str, levels))}"
         )
     raise ConfigError(
-        f"{_NAME}: the pyramid needs a feature of stride {stride}, but timm's {name} has the "
-        f"strides {has}: {_ADVICE}"
+        f"{NAME}: the pyramid needs a feature of stride {stride}, but timm's {name} has the "
+        f"strides {has}: {ADVICE}"
     )
 
 

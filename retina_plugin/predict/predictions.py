@@ -161,7 +161,7 @@ def class_indices(wanted: Sequence[str], names: Sequence[str]) -> list[int]:
     """Indices of the classes with these names. A name may be there more than once.
 
     Raises:
-        ConfigError: there is no class of a name.
+        ConfigError: a name is none of the classes.
     """
     if isinstance(wanted, str):
         raise ConfigError(f"classes: give a list of names, got the text '{wanted}'")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -163,8 +162,9 @@ class RetinaPredictor:
         Raises:
             ConfigError: the name is unknown, or the weights can't be fetched.
         """
-        public_models = importlib.import_module("retina_plugin.weights.public_models")
-        config, weights = public_models.prepare_model(name)
+        from retina_plugin.weights.public_models import prepare_model  # of use here only
+
+        config, weights = prepare_model(name)
         return cls.load(config, weights, **options)
 
     def __call__(self, source: Any) -> Any:

@@ -128,6 +128,11 @@ class Checkpointer(DetectionCheckpointer):
         logger.warning("There is no whole checkpoint in %s", folder)
         return ""
 
+    def _agreed_checkpoint_file(self) -> str:
+        """:meth:`get_checkpoint_file` of the first process, for all of them."""
+        found = self.get_checkpoint_file() if comm.is_main_process() else ""
+        return str(comm.all_gather(found)[0])
+
     def _regular_checkpoints(self) -> Iterator[Path]:
         for path in Path(self.save_dir).glob("model_*.pth"):
             if _NUMBERED.fullmatch(path.name) or path.name == _FINAL:
@@ -143,11 +148,9 @@ class Checkpointer(DetectionCheckpointer):
         Returns:
             What else is in the file, e.g. {"iteration": 999}; {} if there is nothing to load.
         """
-        if resume:
-            found = self.get_checkpoint_file() if comm.is_main_process() else ""
-            found = comm.all_gather(found)[0]
-            if found:
-                return self.load(found)
+        found = self._agreed_checkpoint_file() if resume else ""
+        if found:
+            return self.load(found)
         return self._load_fitted(path, adapt_classes)
 
     def load_complete(self, path: str, *, resume: bool = False) -> None:
@@ -163,8 +166,7 @@ class Checkpointer(DetectionCheckpointer):
             ConfigError: a tensor of the model is not in the file, or its classes are others.
         """
         if resume:
-            found = self.get_checkpoint_file() if comm.is_main_process() else ""
-            path = comm.all_gather(found)[0] or path
+            path = self._agreed_checkpoint_file() or path
         self._load_fitted(path, functools.partial(adapt_classes, complete=True))
         self.check_complete()
 

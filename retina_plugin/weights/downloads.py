@@ -51,7 +51,7 @@ def converted_file(file: Path, write: Callable[[Path], None]) -> Path:
         write: writes it to a path.
 
     Raises:
-        Exception: what ``write`` raises. Then there is no file.
+        Exception: what ``write`` raises; no new file is left.
     """
     with only_writer(file.parent):
         if not (_fingerprint_of(file).exists() and file.exists() and _is_intact(file)):

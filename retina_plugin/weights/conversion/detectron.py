@@ -18,7 +18,7 @@ from retina_plugin.errors import ConfigError
 from .resnets import resnet_config
 from .source import Converted, Source, coco_names
 
-__all__ = ["AFFINE_VAR", "SOURCE", "backbone_name"]
+__all__ = ["SOURCE", "add_affine_statistics", "backbone_name"]
 
 _LOGITS, _DELTAS = "retnet_cls_pred_fpn3", "retnet_bbox_pred_fpn3"
 _NUM_SCALES = 3
@@ -27,7 +27,7 @@ _NUM_SCALES = 3
 _RATIO_ORDER = (2, 0, 1)
 
 # Caffe2's AffineChannel is batch norm without statistics. Detectron2's eps is added to it.
-AFFINE_VAR = 1.0 - 1e-5
+_AFFINE_VAR = 1.0 - 1e-5
 
 _BRANCHES = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
 _NORM = {"s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
@@ -64,10 +64,7 @@ def _convert(state: Mapping[str, Tensor]) -> Converted:
         # RETINANET.SHARE_CLS_BBOX_TOWER: one subnet feeds both last convs
         for name in [n for n in converted if n.startswith("head.cls_subnet.")]:
             converted[name.replace("cls", "bbox")] = converted[name].clone()
-    for name in [n for n in converted if n.endswith(".norm.weight")]:
-        mean, var = (name.replace("weight", part) for part in ("running_mean", "running_var"))
-        converted.setdefault(mean, torch.zeros_like(converted[name]))
-        converted.setdefault(var, torch.full_like(converted[name], AFFINE_VAR))
+    add_affine_statistics(converted)
     names = coco_names(num_classes)
     resnets = resnet_config(converted)
     is_resnext = resnets.get("NUM_GROUPS", 1) > 1
@@ -98,6 +95,18 @@ def _convert(state: Mapping[str, Tensor]) -> Converted:
         },
     }
     return Converted(converted, config, names, notes)
+
+
+def add_affine_statistics(state: dict[str, Tensor]) -> None:
+    """Give norms without statistics, which are AffineChannel, those that change nothing, in place.
+
+    Args:
+        state: with our names.
+    """
+    for name in [n for n in state if n.endswith(".norm.weight")]:
+        mean, var = (name.replace("weight", part) for part in ("running_mean", "running_var"))
+        state.setdefault(mean, torch.zeros_like(state[name]))
+        state.setdefault(var, torch.full_like(state[name], _AFFINE_VAR))
 
 
 def _check_head(state: Mapping[str, Tensor]) -> tuple[int, int]:

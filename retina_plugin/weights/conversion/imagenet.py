@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from retina_plugin.errors import ConfigError
@@ -54,10 +53,7 @@ def _convert(state: Mapping[str, Tensor]) -> Converted:
                 "torchvision with batch norm, and MSRA's with Caffe2's names"
             )
         converted[new] = value.clone()
-    for name in [n for n in converted if n.endswith(".norm.weight")]:
-        mean, var = (name.replace("weight", part) for part in ("running_mean", "running_var"))
-        converted.setdefault(mean, torch.zeros_like(converted[name]))
-        converted.setdefault(var, torch.full_like(converted[name], detectron.AFFINE_VAR))
+    detectron.add_affine_statistics(converted)
     resnets = resnet_config(converted)
     is_resnext = resnets.get("NUM_GROUPS", 1) > 1
     resnets["STRIDE_IN_1X1"] = is_caffe2 and not is_resnext

@@ -11,11 +11,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from retina_plugin.errors import ConfigError
 
+from .head import add_conv_biases, sizes_first
 from .resnets import resnet_config, torchvision_name
 from .source import Converted, Source, coco_names
 
@@ -59,10 +59,7 @@ def _convert(state: Mapping[str, Tensor]) -> Converted:
         if new.startswith(("head.cls_score.", "head.bbox_pred.")):
             value = _scales_first(name, value)
         converted[new] = value.clone()
-    for name in [n for n in converted if re.fullmatch(r"head\.\w+_subnet\.\d+\.weight", n)]:
-        if converted[name].dim() == 4:  # in a conv before GroupNorm the bias is left out
-            bias = name.replace("weight", "bias")
-            converted.setdefault(bias, torch.zeros(len(converted[name])))
+    add_conv_biases(converted)
     is_caffe = _is_caffe(state)
     names = coco_names(_num_classes(converted))
     notes = [
@@ -115,8 +112,7 @@ def _scales_first(name: str, value: Tensor) -> Tensor:
             f"{name} has {len(value)} channels, which is no multiple of {anchors}: only the "
             f"anchors of {_SCALES} scales and {_RATIOS} aspect ratios can be converted"
         )
-    by_anchor = value.unflatten(0, (_RATIOS, _SCALES, -1))
-    return by_anchor.transpose(0, 1).flatten(0, 2)
+    return sizes_first(value, _RATIOS, _SCALES)
 
 
 def _num_classes(converted: Mapping[str, Tensor]) -> int:

@@ -10,12 +10,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
 from retina_plugin.errors import ConfigError
 
+from .head import add_conv_biases, sizes_first
 from .resnets import resnet_config, torchvision_name
 from .source import Converted, Source
 
@@ -80,15 +80,12 @@ def convert(state: Mapping[str, Tensor], bn_eps: float | None = None) -> Convert
     if bn_eps is None:
         bn_eps = 0.0 if is_frozen and not is_v2 else _EPS
     converted = {
-        _new_name(name, is_v2): _anchors_in_our_order(name, value, num_anchors)
+        _new_name(name, is_v2): _anchors_in_our_order(name, value)
         for name, value in state.items()
         if not name.endswith("num_batches_tracked")
     }
     _fold_eps(converted, bn_eps)
-    for name, weight in list(converted.items()):  # GroupNorm follows convs without bias
-        if re.fullmatch(r"head\.\w+_subnet\.\d+\.weight", name) and weight.dim() == 4:
-            converted.setdefault(name.replace("weight", "bias"), weight.new_zeros(len(weight)))
-
+    add_conv_biases(converted)
     num_classes = len(state[_LOGITS]) // num_anchors
     categories = list(RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
     names = categories if num_classes == len(categories) else None
@@ -159,15 +156,11 @@ _FPN_PARTS = {"inner": "lateral", "layer": "output"}
 _SUBNETS = {"classification": "cls_subnet", "regression": "bbox_subnet"}
 
 
-def _anchors_in_our_order(name: str, value: Tensor, num_anchors: int) -> Tensor:
-    """The channels of the last convs; other tensors as they are.
-
-    The anchors of a location are ordered by ratio, then size, in torchvision; here by size first.
-    """
+def _anchors_in_our_order(name: str, value: Tensor) -> Tensor:
+    """The channels of the last convs; other tensors as they are."""
     if "cls_logits" not in name and "bbox_reg." not in name:
         return value
-    order = torch.arange(num_anchors).view(_NUM_RATIOS, _NUM_SIZES).T.flatten()
-    return value.unflatten(0, (num_anchors, -1))[order].flatten(0, 1)
+    return sizes_first(value, _NUM_RATIOS, _NUM_SIZES)
 
 
 def _fold_eps(state: dict[str, Tensor], bn_eps: float) -> None:
