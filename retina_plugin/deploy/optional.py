@@ -1,0 +1,41 @@
+"""The optional packages of this room, imported where they are needed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from retina_plugin.errors import ConfigError
+
+__all__ = ["optional"]
+
+_EXTRAS = {
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export",
+    "openvino": "openvino",
+    "nncf": "openvino",
+}
+
+
+def optional(module: str, purpose: str) -> Any:
+    """Import a package that only some users need.
+
+    Args:
+        module: e.g. ``onnxruntime`` or ``onnxruntime.quantization``.
+        purpose: what needs it, for the message.
+
+    Raises:
+        ConfigError: it is not installed, or its import fails.
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            raise ConfigError(
+                f"{purpose} needs {package}: pip install 'retina_plugin[{_EXTRAS[package]}]'"
+            ) from None
+        raise ConfigError(f"{purpose} needs {package}, which cannot be imported: {error}") from None
+    except ImportError as error:
+        raise ConfigError(f"{purpose} needs {package}, which cannot be imported: {error}") from None
