@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.anchor_generator import BufferList, DefaultAnchorGenerator
 from torch import Tensor, nn
 
 from retina_plugin.errors import ConfigError, check_choice
@@ -61,6 +62,9 @@ class DenseModel(nn.Module):
         boxes, scores, classes = dense(torch.rand(2, 3, 480, 640) * 255)
     """
 
+    pixel_mean: Tensor  # (3, 1, 1)
+    pixel_std: Tensor
+
     def __init__(self, model: FocalRetinaNet, stage: str = "nms") -> None:
         super().__init__()
         check_choice("--output-stage", stage, STAGES)
@@ -77,11 +81,13 @@ class DenseModel(nn.Module):
             return
         assert inference is not None
         anchors = model.anchor_generator
-        for name, cell_A4 in zip(self.levels, anchors.cell_anchors):
-            self.register_buffer(f"anchors_{name}", cell_A4.detach().clone())
-        self.strides, self.offset = tuple(anchors.strides), anchors.offset
+        self.cell_anchors = BufferList(
+            [cell_A4.detach().clone() for cell_A4 in anchors.cell_anchors]
+        )
+        self.strides, self.offset = tuple(anchors.strides), float(anchors.offset)
         self.steps_of_sizes = isinstance(anchors, TorchvisionAnchorGenerator)
-        self.box2box_transform = model.box2box_transform
+        self.box_weights = tuple(box_coder.weights)
+        self.scale_clamp = box_coder.scale_clamp
         self.num_classes = model.num_classes
         self.score_thresh, self.nms_thresh = inference.score_thresh, inference.nms_thresh
         self.topk, self.max_detections = inference.topk_candidates, inference.max_detections
@@ -117,9 +123,9 @@ class DenseModel(nn.Module):
         sizes = [x.shape[-2:] for x in logits]
         steps = self._steps(sizes)
         per_level = self._all_boxes if self.stage == "boxes" else self._candidates
-        found = [per_level(*level) for level in zip(self.levels, logits, deltas, steps)]
-        parts = [torch.cat(part, dim=1) for part in zip(*found)]
-        return tuple(parts) if self.stage == "boxes" else self._detections(*parts, height, width)
+        found = [per_level(*level) for level in zip(self.cell_anchors, logits, deltas, steps)]
+        parts = tuple(torch.cat(part, dim=1) for part in zip(*found))
+        return parts if self.stage == "boxes" else self._detections(height, width, *parts)
 
     def _padded(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
@@ -141,15 +147,15 @@ class DenseModel(nn.Module):
         return [(height // rows, width // columns) for rows, columns in sizes]
 
     def _candidates(
-        self, name: str, logits: Tensor, deltas: Tensor, step: tuple[int, int]
+        self, cell_A4: Tensor, logits: Tensor, deltas: Tensor, step: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (N, k, 4), scores (N, k) and classes (N, k) of the best of one level."""
-        N, _, H, W = logits.shape
+        H, W = logits.shape[2:]
         top, index = _top(logits, self.topk)
         channel = index // (H * W)
         location = index - channel * (H * W)  # not %, see above
         anchor = channel // self.num_classes
-        anchors = self._anchors_at(name, anchor, location, W, step)
+        anchors = self._anchors_at(cell_A4, anchor, location, W, step)
         first = (anchor * 4 * (H * W) + location)[:, :, None]
         entry = first + torch.arange(4, device=logits.device) * (H * W)
         deltas_Nk4 = deltas.flatten(1).gather(1, entry.flatten(1)).unflatten(1, (-1, 4))
@@ -157,14 +163,14 @@ class DenseModel(nn.Module):
         return boxes, top.sigmoid(), channel - anchor * self.num_classes
 
     def _all_boxes(
-        self, name: str, logits: Tensor, deltas: Tensor, step: tuple[int, int]
+        self, cell_A4: Tensor, logits: Tensor, deltas: Tensor, step: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """All boxes (N, H*W*A, 4) and probabilities (N, H*W*A, K) of one level."""
-        N, _, H, W = logits.shape
-        A = len(getattr(self, f"anchors_{name}"))
+        H, W = logits.shape[2:]
+        A = len(cell_A4)
         location = torch.arange(H * W, device=logits.device)[:, None]
         anchor = torch.arange(A, device=logits.device)
-        anchors_R4 = self._anchors_at(name, anchor, location, W, step).flatten(0, 1)
+        anchors_R4 = self._anchors_at(cell_A4, anchor, location, W, step).flatten(0, 1)
         # (N, A*C, H, W) -> (N, H*W*A, C)
         deltas_NR4, logits_NRK = (
             x.unflatten(1, (A, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in (deltas, logits)
@@ -172,7 +178,7 @@ class DenseModel(nn.Module):
         return self._decode(deltas_NR4, anchors_R4[None]), logits_NRK.sigmoid()
 
     def _anchors_at(
-        self, name: str, anchor: Tensor, location: Tensor, W: int, step: tuple[int, int]
+        self, cell_A4: Tensor, anchor: Tensor, location: Tensor, W: int, step: tuple[int, int]
     ) -> Tensor:
         """(..., 4) anchors of some locations (row * W + column): those of the generator."""
         row = location // W
@@ -180,22 +186,21 @@ class DenseModel(nn.Module):
         y = (row * dy).float() + self.offset * dy
         x = ((location - row * W) * dx).float() + self.offset * dx
         shift = torch.stack((x, y, x, y), dim=-1)
-        return shift + getattr(self, f"anchors_{name}")[anchor]
+        return shift + cell_A4[anchor]
 
     def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         """``Box2BoxTransform.apply_deltas`` of (..., 4) tensors, operation by operation."""
         widths, heights = anchors[..., 2] - anchors[..., 0], anchors[..., 3] - anchors[..., 1]
         center_x, center_y = anchors[..., 0] + 0.5 * widths, anchors[..., 1] + 0.5 * heights
-        wx, wy, ww, wh = self.box2box_transform.weights
-        clamp = self.box2box_transform.scale_clamp
+        wx, wy, ww, wh = self.box_weights
         dx, dy, dw, dh = deltas.unbind(-1)
         x, y = dx / wx * widths + center_x, dy / wy * heights + center_y
-        w = (dw / ww).clamp(max=clamp).exp() * widths
-        h = (dh / wh).clamp(max=clamp).exp() * heights
+        w = (dw / ww).clamp(max=self.scale_clamp).exp() * widths
+        h = (dh / wh).clamp(max=self.scale_clamp).exp() * heights
         return torch.stack((x - 0.5 * w, y - 0.5 * h, x + 0.5 * w, y + 0.5 * h), dim=-1)
 
     def _detections(
-        self, boxes: Tensor, scores: Tensor, classes: Tensor, height: int, width: int
+        self, height: int, width: int, boxes: Tensor, scores: Tensor, classes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         # A sum of NaN or inf is not less than inf. Such a box is no detection.
         finite = boxes.abs().sum(dim=-1) < math.inf
@@ -258,12 +263,12 @@ def _known_parts(model: nn.Module, stage: str) -> DenseInference | None:
     if type(model.anchor_generator) not in _GRIDS:
         name = type(model.anchor_generator).__name__
         raise ConfigError(f"the anchors of {name} cannot be exported: {otherwise}")
-    if type(model.box2box_transform) is not BoxTransform:
-        name = type(model.box2box_transform).__name__
-        raise ConfigError(f"boxes that {name} decodes cannot be exported: {otherwise}")
     if not isinstance(model.inference, DenseInference):
         name = type(model.inference).__name__
         raise ConfigError(f"the inference {name} cannot be exported: {otherwise}")
+    if type(model.inference.box2box_transform) is not BoxTransform:
+        name = type(model.inference.box2box_transform).__name__
+        raise ConfigError(f"boxes that {name} decodes cannot be exported: {otherwise}")
     if stage == "nms" and model.inference.merge is not None:
         raise ConfigError(
             "only NMS by class can be exported: set TEST.MERGE nms, or export the stage boxes and "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.fx.experimental._config  # not imported by torch itself
+from torch.fx.experimental import _config
 
 from retina_plugin.errors import ConfigError, one_line
 
@@ -51,7 +51,8 @@ def export_program(dense: DenseModel) -> torch.export.ExportedProgram:
     images = torch.zeros(_TRACED)
     # Without it the graph would be refused, or wrong, for images of which a level has one row: a
     # size of 1 is taken for a special case.
-    any_size = torch.fx.experimental._config.patch(backed_size_oblivious=True)
+    config: Any = _config
+    any_size = config.patch(backed_size_oblivious=True)
     try:
         with torch.no_grad(), _quiet(), any_size:
             return torch.export.export(dense, (images,), dynamic_shapes={"image": sizes})

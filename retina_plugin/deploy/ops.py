@@ -49,7 +49,9 @@ def _(
 
 def onnx_translations() -> dict[Any, Callable[..., Any]]:
     """``custom_translation_table`` of ``torch.onnx.export``: the operator as ONNX's own ones."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18  # its types know one value a constant
 
     def translate(
         boxes: Any, scores: Any, classes: Any, num_classes: int, iou_thresh: float
