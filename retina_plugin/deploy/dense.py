@@ -80,10 +80,9 @@ class DenseModel(nn.Module):
         if stage == "head":
             return
         assert inference is not None
-        anchors = model.anchor_generator
-        self.cell_anchors = BufferList(
-            [cell_A4.detach().clone() for cell_A4 in anchors.cell_anchors]
-        )
+        anchors: Any = model.anchor_generator
+        box_coder: Any = inference.box2box_transform
+        self.cell_anchors = BufferList([cell.detach().clone() for cell in anchors.cell_anchors])
         self.strides, self.offset = tuple(anchors.strides), float(anchors.offset)
         self.steps_of_sizes = isinstance(anchors, TorchvisionAnchorGenerator)
         self.box_weights = tuple(box_coder.weights)
