@@ -186,6 +186,17 @@ class FocalRetinaNet(DenseDetector):
         # PyTorch prints submodules only, and the losses are none
         return f"cls_loss={self.cls_loss}, box_loss={self.box_loss}"
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by ``torch.jit.script``.
+
+        Raises:
+            ConfigError: always. PyTorch has deprecated it, and it takes a part of Python only.
+        """
+        raise ConfigError(
+            "FocalRetinaNet cannot be scripted (torch.jit.script is deprecated): `retina export` "
+            "writes it as ONNX, pt2 or OpenVINO, and detectron2.export.TracingAdapter traces it"
+        )
+
     def forward(self, batched_inputs: Sequence[Mapping[str, Any]]) -> Any:
         """Same contract as ``DenseDetector.forward``, without GPU synchronisation.
 
@@ -212,14 +223,11 @@ class FocalRetinaNet(DenseDetector):
         features = self.backbone(images.tensor)
         features = [features[name] for name in self.head_in_features]
         found = self.forward_inference(images, features, self.head(features))
-        return [
-            {
-                "instances": self.postprocess(
-                    detections, x.get("height", height), x.get("width", width)
-                )
-            }
-            for detections, x, (height, width) in zip(found, inputs, images.image_sizes)
-        ]
+        results = []
+        for detections, x, size in zip(found, inputs, images.image_sizes):
+            height, width = x.get("height", size[0]), x.get("width", size[1])
+            results.append({"instances": self.postprocess(detections, height, width)})
+        return results
 
     def forward_training(
         self,

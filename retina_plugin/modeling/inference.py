@@ -152,10 +152,9 @@ class DenseInference:
         """Rows and columns of each level that give candidates."""
         if self.boxes_outside != "drop" or not self.strides:
             return [(x.shape[1], x.shape[2]) for x in logits]
-        height, width = (
-            -(-side // self.size_divisibility) * self.size_divisibility for side in image_size
-        )
-        return [(-(-height // stride), -(-width // stride)) for stride in self.strides]
+        d = self.size_divisibility
+        height, width = ((image_size[i] + d - 1) // d * d for i in (0, 1))
+        return [((height + s - 1) // s, (width + s - 1) // s) for s in self.strides]
 
     def _candidates(
         self, anchors_R4: Tensor, logits: Tensor, deltas: Tensor, size: tuple[int, int]
@@ -166,25 +165,25 @@ class DenseInference:
             logits, deltas: (A*K, H, W) and (A*4, H, W) of one image.
             size: only the first rows and columns give candidates.
         """
-        channel, row, column = _select_candidates(
+        tracing = torch.jit.is_tracing()
+        select = _select_traced if tracing else _select_candidates
+        channel, row, column = select(
             logits[:, : size[0], : size[1]], self._logit_thresh, self.topk_candidates
         )
         scores = _sigmoid(logits[channel, row, column].float())  # float32, as in the NMS
-        A, W, K = len(logits) // self.num_classes, logits.shape[2], self.num_classes
+        A, W, K = logits.shape[0] // self.num_classes, logits.shape[2], self.num_classes
         location = row * W + column
         entry = (location * A + channel // K) * K + channel % K  # index of (anchor, class)
         # the threshold on the logits was a little too low, this one is exact
         keep = scores > self.score_thresh
-        if len(scores) > self.topk_candidates:
+        if not tracing and len(scores) > self.topk_candidates:
             keep &= scores >= scores.topk(self.topk_candidates).values[-1]
         scores, entry = scores[keep], entry[keep]
-        # highest score first; of equal scores the first anchor, because the second sort is stable
-        order = entry.argsort()
-        order = order[scores[order].argsort(descending=True, stable=True)]
+        order = (_decreasing_traced if tracing else _decreasing)(scores, entry)
         order = order[: self.topk_candidates]
         anchor, class_ = entry[order] // K, entry[order] % K
         location, a = anchor // A, anchor % A
-        deltas_S4 = deltas.unflatten(0, (A, 4))[a, :, location // W, location % W]
+        deltas_S4 = deltas.unflatten(0, (-1, 4))[a, :, location // W, location % W]
         boxes = self.box2box_transform.apply_deltas(deltas_S4, anchors_R4[anchor])
         return boxes, scores[order], class_
 
@@ -198,15 +197,17 @@ def rescale_detections(detections: Instances, height: int, width: int) -> Instan
         detections: ``pred_boxes`` XYXY in pixels of an image of ``detections.image_size``.
         height, width: of the image that the new boxes are in (pixels).
     """
-    old_height, old_width = detections.image_size
+    old_size = detections.image_size
     boxes = detections.pred_boxes.clone()
-    boxes.scale(width / old_width, height / old_height)
-    return Instances((height, width), **{**detections.get_fields(), "pred_boxes": boxes})
+    boxes.scale(width / old_size[1], height / old_size[0])
+    # traced sizes are tensors, and Detectron2's TracingAdapter returns one for both
+    size = torch.stack((height, width)) if isinstance(height, Tensor) else (height, width)
+    return Instances(size, **{**detections.get_fields(), "pred_boxes": boxes})
 
 
 def _clip(boxes_S4: Tensor, image_size: tuple[int, int]) -> Tensor:
     """The part of each box inside an image (height, width); without area if it lies outside."""
-    height, width = image_size
+    height, width = image_size[0], image_size[1]
     x1, y1, x2, y2 = boxes_S4.unbind(1)
     return torch.stack(
         (x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)), dim=1
@@ -217,9 +218,9 @@ def _sigmoid(x: Tensor) -> Tensor:
     """Sigmoid whose result does not depend on the position of an entry.
 
     Torch computes the entries that fill no vector register in another way, which may differ in the
-    last bit. Padding to whole registers avoids that.
+    last bit. Padding with more than a register avoids that.
     """
-    return F.pad(x, (0, -len(x) % 64)).sigmoid()[: len(x)]
+    return F.pad(x, (0, 64)).sigmoid()[:-64]
 
 
 def _logit_below(score: float) -> float:
@@ -251,3 +252,24 @@ def _select_candidates(logits: Tensor, threshold: float, k: int) -> tuple[Tensor
     line, third = torch.where(lines[first, second].float() > threshold)
     first, second = first[line], second[line]
     return (first, second, third) if dim == 2 else (third, first, second)
+
+
+def _decreasing(scores: Tensor, entry: Tensor) -> Tensor:
+    """Order of decreasing scores; of equal scores the first entry comes first."""
+    order = entry.argsort()
+    return order[scores[order].argsort(descending=True, stable=True)]
+
+
+# While ``torch.jit.trace`` records, no Python number may depend on the image: it would become a
+# constant of the trace. So nothing is counted, and all entries are compared with the threshold.
+
+
+def _select_traced(logits: Tensor, threshold: float, k: int) -> tuple[Tensor, ...]:
+    """:func:`_select_candidates` without Python numbers; the entries are in the anchors' order."""
+    row, column, channel = torch.where(logits.permute(1, 2, 0).float() > threshold)
+    return channel, row, column
+
+
+def _decreasing_traced(scores: Tensor, entry: Tensor) -> Tensor:
+    """:func:`_decreasing` of entries in order; ONNX's exporter has no ``stable=True``."""
+    return scores.argsort(descending=True)

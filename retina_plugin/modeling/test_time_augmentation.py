@@ -12,6 +12,8 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from retina_plugin.errors import ConfigError
+
 from .merging import Detections, fuse_views
 
 __all__ = ["Resize", "RetinaNetWithTTA"]
@@ -93,7 +95,15 @@ class RetinaNetWithTTA(nn.Module):
 
         Returns:
             {"instances"} of each image, as the detector gives them.
+
+        Raises:
+            ConfigError: ``torch.jit.trace`` calls it.
         """
+        if torch.jit.is_tracing():  # the resized images would be constants of the trace
+            raise ConfigError(
+                "several views of an image cannot be traced: trace the model with "
+                "TEST.AUG.ENABLED False, and call the trace for each view"
+            )
         found: list[list[Detections]] = [[] for _ in batched_inputs]
         for resize in self.resizes:
             # Images of one size after the resize make a batch without padding.
