@@ -36,6 +36,8 @@ def to_device(x: Any, device: torch.device) -> Any:
         return Boxes(to_device(x.tensor, device))
     if isinstance(x, Tensor) and device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
+    if isinstance(x, Tensor) and x.device == device:
+        return x  # torch.jit.trace would record ``to`` with the dtype of the traced image
     return x.to(device)
 
 
