@@ -261,7 +261,7 @@ def _filter_rows(pixels: np.ndarray, size: int) -> np.ndarray:
     first = np.maximum((centers - support + 0.5).astype(int), 0)
     last = np.minimum((centers + support + 0.5).astype(int), old)
     rows = first[:, None] + np.arange((last - first).max())
-    weights = 1 - np.abs((rows - centers[:, None] + 0.5) / support)
+    weights = 1 - np.abs((rows - centers[:, None] + 0.5) * (1 / support))
     weights = np.where(rows < last[:, None], weights.clip(0), 0)
     weights /= weights.sum(axis=1, keepdims=True)
     bits = next(b for b in range(23) if b == 22 or int(0.5 + weights.max() * 2 ** (b + 1)) >= 2**15)
