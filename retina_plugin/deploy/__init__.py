@@ -1,7 +1,8 @@
 """A trained detector as a file that runs elsewhere."""
 
 from .dense import STAGES, DenseModel
-from .export import write_exported
+from .export import export_model
+from .formats import write_exported
 from .metadata import Metadata, describe_model
 from .runtime import SUFFIXES, ExportedModel, load_exported
 
@@ -12,6 +13,7 @@ __all__ = [
     "ExportedModel",
     "Metadata",
     "describe_model",
+    "export_model",
     "load_exported",
     "write_exported",
 ]

@@ -1,164 +1,169 @@
-"""Write a detector as a file that runs without its code: ONNX, torch.export, OpenVINO."""
+"""From a config and weights to a file that was compared with the model."""
 
 from __future__ import annotations
 
-import contextlib
+import json
 import logging
 import os
-import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
-from torch.fx.experimental import _config
+from detectron2.config import CfgNode
 
-from retina_plugin.errors import ConfigError, one_line
+from retina_plugin.cache import atomic_write
+from retina_plugin.errors import ConfigError
+from retina_plugin.modeling import FocalRetinaNet
+from retina_plugin.predict.loading import load_model, prediction_cfg
 
 from .dense import DenseModel
-from .metadata import METADATA_KEY, Metadata
-from .ops import onnx_translations
-from .optional import optional
-from .runtime import format_of
+from .formats import check_torch, write_exported
+from .images import find_images
+from .metadata import Metadata, describe_model
+from .parity import Parity, compare, parity_sizes, table
+from .runtime import format_of, load_exported
 
-__all__ = ["check_torch", "export_program", "write_exported"]
+__all__ = ["Exported", "export_model", "load_for_export", "report_path"]
 
-_OLDEST_TORCH = (2, 14)  # of pyproject.toml
+logger = logging.getLogger("retina_plugin")
 
-# The traced image. Its sides are no special numbers: not equal, and no multiples of each other.
-_TRACED = (2, 3, 288, 352)
+_IMAGES = 12  # of 3 sizes, once alone and once in a batch of 3
 
 
-def check_torch(version: str = torch.__version__) -> None:
+@dataclass(frozen=True)
+class Exported:
+    """A file and how equal it is.
+
+    Attributes:
+        path: of the file.
+        metadata: what it says of itself.
+        parity: for every size and batch, see :func:`.parity.compare`.
     """
-    Raises:
-        ConfigError: PyTorch is older than what the export was written for.
-    """
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
-    if numbers < _OLDEST_TORCH:
-        oldest = ".".join(map(str, _OLDEST_TORCH))
-        raise ConfigError(f"torch {version} is too old for an export: upgrade it to {oldest}")
+
+    path: Path
+    metadata: Metadata
+    parity: list[Parity]
 
 
-def export_program(dense: DenseModel) -> torch.export.ExportedProgram:
-    """The graph of a model, for any number and size of images.
+def export_model(
+    config: str | os.PathLike | CfgNode,
+    weights: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    stage: str = "nms",
+    images: Sequence[str] = (),
+    opts: Sequence[str] = (),
+    overwrite: bool = False,
+) -> Exported:
+    """Write a detector as a file, and compare the file with the detector before it is handed over.
 
-    Raises:
-        ConfigError: PyTorch cannot trace a part of the model; its first line says which.
-    """
-    sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    images = torch.zeros(_TRACED)
-    # Without it the graph would be refused, or wrong, for images of which a level has one row: a
-    # size of 1 is taken for a special case.
-    config: Any = _config
-    any_size = config.patch(backed_size_oblivious=True)
-    try:
-        with torch.no_grad(), _quiet(), any_size:
-            return torch.export.export(dense, (images,), dynamic_shapes={"image": sizes})
-    except Exception as error:  # whatever the model's own code raises on symbolic sizes
-        reason = one_line(str(error))[:300]
-        raise ConfigError(
-            f"torch.export cannot trace the model: {type(error).__name__}: {reason}"
-        ) from None
+        export_model("retina_R50_800.yaml", "model_final.pth", "model.onnx", images=["photos/"])
 
-
-def write_exported(dense: DenseModel, metadata: Metadata, output: str | os.PathLike) -> None:
-    """Write a model in the format of the file's ending.
+    The report of the comparison is written beside the file, see :func:`report_path`. If the file is
+    not equal there is the report only.
 
     Args:
-        dense: in evaluation mode, on the CPU.
-        metadata: goes into the file.
-        output: .onnx, .pt2 or .xml (OpenVINO, which puts the weights into a .bin beside it).
+        config, weights, opts: see :meth:`.RetinaPredictor.load`.
+        output: its ending is the format: .onnx, .pt2 or .xml (OpenVINO).
+        stage: "nms", "boxes" or "head", see :meth:`.DenseModel.forward`.
+        images: files, folders or datasets to compare with; none: the config's datasets.
+        overwrite: whether a file that is there is replaced.
 
     Raises:
-        ConfigError: see :func:`check_torch` and :func:`export_program`; the format's library is not
-            installed; an operator has no form in it.
+        ConfigError: the model cannot be exported; the file is not equal to it; the file is there
+            already; there are no images.
     """
     check_torch()
     output = Path(output)
     kind = format_of(output)
-    if kind != "pt2":
-        for module in ("onnx", "onnxscript"):
-            optional(module, f"retina export --format {kind}")
-    if kind == "openvino":
-        openvino = optional("openvino", "retina export --format openvino")
-    program = export_program(dense)
-    if kind == "pt2":
-        _write_pt2(program, metadata, dense.output_names, output)
-    elif kind == "onnx":
-        _write_onnx(program, metadata, dense.output_names, output)
-    else:
-        # OpenVINO reads ONNX, and so the operator of the NMS, which its PyTorch front end does not.
-        with tempfile.TemporaryDirectory() as folder:
-            onnx_file = Path(folder) / "model.onnx"
-            _write_onnx(program, metadata, dense.output_names, onnx_file)
-            model = openvino.convert_model(onnx_file)
-            for key in list(model.rt_info):  # it holds the name of the temporary file
-                del model.rt_info[key]
-            model.set_rt_info(metadata.to_json(), METADATA_KEY)
-            openvino.save_model(model, output, compress_to_fp16=False)
-
-
-def _write_pt2(
-    program: torch.export.ExportedProgram, metadata: Metadata, names: Sequence[str], output: Path
-) -> None:
-    extra = {
-        f"{METADATA_KEY}.json": metadata.to_json(),
-        f"{METADATA_KEY}.outputs": " ".join(names),
-    }
-    with _quiet():
-        torch.export.save(program, output, extra_files=extra)
-
-
-def _write_onnx(
-    program: torch.export.ExportedProgram, metadata: Metadata, names: Sequence[str], output: Path
-) -> None:
-    import onnx
-
+    _check_output(output, overwrite)
+    cfg, model, metadata = load_for_export(config, weights, opts, stage)
+    sources = list(images) or [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
+    pixels = find_images(sources, cfg.INPUT.FORMAT, _IMAGES)
+    logger.info("%-11s %s, stage %s", "Export", kind, stage)
     try:
-        with _quiet():
-            exported: Any = torch.onnx.export(
-                program,
-                dynamo=True,
-                custom_translation_table=onnx_translations(),
-                input_names=["image"],
-                output_names=list(names),
-                optimize=True,
-                verbose=False,
+        with atomic_write(output) as temporary:
+            write_exported(DenseModel(model, stage).eval(), metadata, temporary)
+            parity = _check(temporary, model, metadata, pixels, output)
+            if kind == "openvino":  # its weights first: the .xml is what a reader looks for
+                with atomic_write(output.with_suffix(".bin")) as weights_file:
+                    os.replace(temporary.with_suffix(".bin"), weights_file)
+    except OSError as error:
+        raise ConfigError(f"cannot write {output}: {error.strerror or error}") from None
+    return Exported(output, metadata, parity)
+
+
+def load_for_export(
+    config: str | os.PathLike | CfgNode,
+    weights: str | os.PathLike,
+    opts: Sequence[str] = (),
+    stage: str = "nms",
+) -> tuple[CfgNode, FocalRetinaNet, Metadata]:
+    """The config, the model on the CPU in float32, and the metadata of its file.
+
+    Raises:
+        ConfigError: see :func:`export_model`.
+    """
+    # What changes how a machine computes, not what: a compiled model cannot be traced.
+    here = ["MODEL.COMPILE", "False", "MODEL.CHANNELS_LAST", "False"]
+    cfg = prediction_cfg(config, weights, device="cpu", opts=[*opts, *here])
+    if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
+        raise ConfigError(f"INPUT.FORMAT {cfg.INPUT.FORMAT}: only BGR and RGB can be exported")
+    if cfg.TEST.AUG.ENABLED:
+        logger.warning("TEST.AUG.ENABLED: the file detects in one view; call it for each view")
+    model, (names, category_ids) = load_model(cfg)
+    dense = DenseModel(cast(FocalRetinaNet, model), stage)  # it checks
+    metadata = describe_model(
+        cfg,
+        model.state_dict(),
+        stage=stage,
+        class_names=names,
+        category_ids=category_ids,
+        divisibility=dense.divisibility,
+    )
+    return cfg, cast(FocalRetinaNet, model), metadata
+
+
+def report_path(output: str | os.PathLike) -> Path:
+    """Where the comparison of a file is written: ``model.onnx`` -> ``model.onnx.parity.json``."""
+    return Path(f"{os.fspath(output)}.parity.json")
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise ConfigError(f"{output} is there already: --overwrite replaces it")
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder: name a file")
+
+
+def _check(
+    file: Path, model: FocalRetinaNet, metadata: Metadata, images: Sequence, output: Path
+) -> list[Parity]:
+    """Compare and report.
+
+    Raises:
+        ConfigError: the file is not equal.
+    """
+    sizes = parity_sizes(metadata.min_size, metadata.max_size)
+    exported = load_exported(file, threads=torch.get_num_threads())  # as many for both
+    parity = compare(exported, model, metadata, images, sizes=sizes)
+    for line in table(parity).splitlines():
+        logger.info(line)
+    with atomic_write(report_path(output)) as report:
+        report.write_text(json.dumps([x.to_dict() for x in parity], indent=1))
+    if metadata.stage == "nms" and not sum(x.detections for x in parity):
+        logger.warning(
+            "no detection above MODEL.RETINANET.SCORE_THRESH_TEST %g in %d images: only that the "
+            "file has none either was compared",
+            metadata.score_thresh,
+            len(images),
+        )
+    for x in parity:
+        if x.where:
+            raise ConfigError(
+                f"{output} is not written: it differs from the model in a batch of {x.batch} "
+                f"images of {x.height}x{x.width}: {x.where} (see {report_path(output)})"
             )
-    except Exception as error:
-        reason = one_line(str(error.__cause__ or error))[:300]
-        raise ConfigError(f"torch.onnx cannot write the model: {reason}") from None
-    _name_sizes(exported.model.graph, metadata)
-    exported.model.metadata_props[METADATA_KEY] = metadata.to_json()
-    exported.save(output, external_data=False)
-    onnx.checker.check_model(str(output), full_check=True)
-
-
-def _name_sizes(graph: Any, metadata: Metadata) -> None:
-    """Readable names of the sizes that may change, instead of torch's ``s77``."""
-    import onnx_ir
-
-    image = graph.inputs[0]
-    image.shape = onnx_ir.Shape(["N", 3, "H", "W"])
-    if metadata.stage != "head":
-        for value in graph.outputs:
-            rest = list(value.shape)[1:]
-            value.shape = onnx_ir.Shape(["N", *(x if isinstance(x, int) else "R" for x in rest)])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the log of PyTorch's exporters, which is meant for who writes them."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+    return parity

@@ -1,0 +1,92 @@
+"""``retina export --config-file X --weights W --output model.onnx``: a file that runs elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+
+from retina_plugin.deploy import STAGES, SUFFIXES, export_model
+from retina_plugin.engine.console import console
+from retina_plugin.errors import ConfigError
+from retina_plugin.weights.public_models import prepare_model
+
+__all__ = ["argument_parser", "main"]
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="retina export",
+        usage="retina export (--config-file FILE --weights FILE | --model NAME) --output FILE "
+        "[options] [KEY VALUE ...]",
+        description="Write a detector as one file that runs without its code, for images of any "
+        "size. It is compared with the model before it is handed over.",
+        epilog="KEY VALUE pairs, such as MODEL.RETINANET.SCORE_THRESH_TEST 0.3, override the "
+        "config.",
+    )
+    parser.add_argument(
+        "--config-file", metavar="FILE", help="a file or one of the paper's configs"
+    )
+    parser.add_argument("--weights", default="", metavar="FILE", help="(MODEL.WEIGHTS)")
+    parser.add_argument("--model", metavar="NAME", help="a public model, instead of both")
+    parser.add_argument("--output", required=True, metavar="FILE", help=".onnx, .pt2 or .xml")
+    parser.add_argument(
+        "--format", choices=SUFFIXES, help="if the ending of --output does not say it"
+    )
+    parser.add_argument(
+        "--output-stage",
+        choices=STAGES,
+        default="nms",
+        help="detections (nms, the default), all decoded boxes, or the head's output",
+    )
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="images, folders or datasets to compare with (default: the config's datasets)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command.
+
+    Raises:
+        ConfigError: nothing can be done with these arguments, or the file is not equal.
+    """
+    parser = argument_parser()
+    args = parser.parse_intermixed_args(argv)
+    if (args.model is None) == (args.config_file is None):
+        parser.error("give --config-file and --weights, or --model")
+    if args.model is not None and args.weights:
+        parser.error("--model brings its weights: leave out --weights")
+    output = _with_suffix(args.output, args.format)
+    with console(0):
+        config, weights = args.config_file, args.weights
+        if args.model is not None:
+            config, weights = prepare_model(args.model)
+        export_model(
+            config,
+            weights,
+            output,
+            stage=args.output_stage,
+            images=args.images,
+            opts=args.opts,
+            overwrite=args.overwrite,
+        )
+    print(f"Exported    {output}")
+
+
+def _with_suffix(output: str, kind: str | None) -> str:
+    """``--output`` with the ending of ``--format``.
+
+    Raises:
+        ConfigError: the file's own ending says another format.
+    """
+    if kind is None or output.lower().endswith(SUFFIXES[kind]):
+        return output
+    for other, suffix in SUFFIXES.items():
+        if output.lower().endswith(suffix):
+            raise ConfigError(f"--output {output} is a file of {other}, --format says {kind}")
+    return output + SUFFIXES[kind]
