@@ -90,8 +90,8 @@ function describe() {
 
 function newPanel() {
   const panel = document.createElement("figure");
-  panel.innerHTML = `<figcaption><b></b><span class="badge"></span><span class="facts"></span><span class="spacer"></span>
-    <button class="save button" type="button">Download JSON</button>
+  panel.innerHTML = `<figcaption><div><b></b> <span class="badge"></span><p class="facts">&nbsp;</p></div>
+    <button class="save button" type="button">Save JSON</button>
     <button class="close" type="button" aria-label="Remove this model">✕</button></figcaption>
     <div class="frame"><div class="picture"><canvas role="img"></canvas><ol class="boxes"></ol></div></div>`;
   return panel;
@@ -162,14 +162,16 @@ const isShown = (model, { score, classId }) =>
 function update() {
   const least = Number($("#score").value);
   $("#score-value").textContent = least.toFixed(2);
-  const counts = new Map();
+  const counts = []; // of each model: class name -> number
   const said = [];
   for (const model of models) {
     if (model.found === null) continue;
     const { class_names: names } = model.metadata;
+    const ofModel = new Map();
     for (const { score, classId } of model.found) {
-      if (score >= least) counts.set(names[classId], (counts.get(names[classId]) ?? 0) + 1);
+      if (score >= least) ofModel.set(names[classId], (ofModel.get(names[classId]) ?? 0) + 1);
     }
+    counts.push(ofModel);
     const shown = model.found.filter((found) => isShown(model, found));
     model.panel.querySelector(".boxes").replaceChildren(...shown.map((found, i) => newBox(found, names, shown.length - i)));
     const number = `${shown.length} ${shown.length === 1 ? "detection" : "detections"}`;
@@ -178,9 +180,9 @@ function update() {
     said.push(models.length > 1 ? `${model.name}: ${number}` : number);
   }
   for (const item of $("#classes").children) {
-    const count = counts.get(item.dataset.name) ?? 0;
-    item.querySelector(".count").textContent = count;
-    item.classList.toggle("zero", count === 0);
+    const numbers = counts.map((ofModel) => ofModel.get(item.dataset.name) ?? 0);
+    item.querySelector(".count").textContent = numbers.join(" | ");
+    item.classList.toggle("zero", !numbers.some(Boolean));
   }
   $("#announce").textContent = said.join(", ");
 }
@@ -203,7 +205,7 @@ function newBox({ box, score, classId }, names, level) {
 const allNames = () => [...new Set(models.flatMap((model) => model.metadata.class_names))];
 
 /** A class has the same colour in both models: neighbours are a golden ratio of the circle apart. */
-const colour = (name) => `hsl(${(29 + 222.492 * allNames().indexOf(name)) % 360} 85% 62%)`;
+const colour = (name) => `oklch(0.8 0.16 ${(60 + 222.492 * allNames().indexOf(name)) % 360})`;
 
 function listClasses() {
   const found = new Set(models.flatMap((m) => (m.found ?? []).map(({ classId }) => m.metadata.class_names[classId])));
