@@ -20,7 +20,7 @@ from .runtime import load_exported
 
 __all__ = ["ONNXRUNTIME_WEB", "fetch_onnxruntime_web", "write_page"]
 
-# The version that the page was tested with, and what npm's registry says of its file.
+# The version that the page was tested with, and the SHA-512 that npm's registry has of its file.
 ONNXRUNTIME_WEB = "1.30.0"
 _INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 
@@ -104,14 +104,17 @@ def _static_files() -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
-def fetch_onnxruntime_web() -> Path:
+def fetch_onnxruntime_web(integrity: str = _INTEGRITY) -> Path:
     """The pinned npm package onnxruntime-web in the cache, fetched with ``npm pack`` if need be.
+
+    Args:
+        integrity: the file's SHA-512 in base64, as npm's registry writes it.
 
     Raises:
         ConfigError: npm is missing or cannot fetch it, or the file is not the pinned one.
     """
     cached = cache_root() / f"onnxruntime-web-{ONNXRUNTIME_WEB}.tgz"
-    if cached.is_file() and _integrity(cached.read_bytes()) == _INTEGRITY:
+    if cached.is_file() and _sha512(cached.read_bytes()) == integrity:
         return cached
     by_hand = (
         f"run `npm pack onnxruntime-web@{ONNXRUNTIME_WEB}` where it works, and give the file with "
@@ -137,7 +140,7 @@ def fetch_onnxruntime_web() -> Path:
         if not fetched.is_file():
             raise ConfigError(f"npm cannot fetch onnxruntime-web ({reason}): {by_hand}")
         content = fetched.read_bytes()
-    if _integrity(content) != _INTEGRITY:
+    if _sha512(content) != integrity:
         raise ConfigError(
             f"npm's onnxruntime-web {ONNXRUNTIME_WEB} has another SHA-512 than the published one: "
             f"it is not used; {by_hand}"
@@ -147,7 +150,7 @@ def fetch_onnxruntime_web() -> Path:
     return cached
 
 
-def _integrity(content: bytes) -> str:
+def _sha512(content: bytes) -> str:
     return base64.b64encode(hashlib.sha512(content).digest()).decode()
 
 

@@ -166,11 +166,12 @@ class Browser:
         elif method == "Log.entryAdded":
             self.console.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
         elif method == "Target.attachedToTarget":
-            self._attached(params["sessionId"])
+            if params["targetInfo"]["type"] == "worker":
+                self.workers.append(params["sessionId"])
+            self._resume(params["sessionId"])
 
-    def _attached(self, session: str) -> None:
-        """A worker has started and waits: its requests are recorded too."""
-        self.workers.append(session)
+    def _resume(self, session: str) -> None:
+        """Something has started and waits: from now on its requests are recorded too."""
         for method in ("Network.enable", "Runtime.enable", "Runtime.runIfWaitingForDebugger"):
             self._number += 1
             message = {"id": self._number, "method": method, "params": {}, "sessionId": session}
