@@ -148,7 +148,7 @@ class DenseModel(nn.Module):
     def _candidates(
         self, cell_A4: Tensor, logits: Tensor, deltas: Tensor, step: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (N, k, 4), scores (N, k) and classes (N, k) of the best of one level."""
+        """Boxes (N, k, 4), logits (N, k) and classes (N, k) of the best of one level."""
         H, W = logits.shape[2:]
         top, index = _top(logits, self.topk)
         channel = index // (H * W)
@@ -159,7 +159,7 @@ class DenseModel(nn.Module):
         entry = first + torch.arange(4, device=logits.device) * (H * W)
         deltas_Nk4 = deltas.flatten(1).gather(1, entry.flatten(1)).unflatten(1, (-1, 4))
         boxes = self._decode(deltas_Nk4, anchors)
-        return boxes, top.sigmoid(), channel - anchor * self.num_classes
+        return boxes, top, channel - anchor * self.num_classes
 
     def _all_boxes(
         self, cell_A4: Tensor, logits: Tensor, deltas: Tensor, step: tuple[int, int]
@@ -199,8 +199,15 @@ class DenseModel(nn.Module):
         return torch.stack((x - 0.5 * w, y - 0.5 * h, x + 0.5 * w, y + 0.5 * h), dim=-1)
 
     def _detections(
-        self, height: int, width: int, boxes: Tensor, scores: Tensor, classes: Tensor
+        self, height: int, width: int, boxes: Tensor, logits: Tensor, classes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # A small image has fewer candidates than D: those that are added get the score 0. With 64
+        # of them at least, no candidate is in the rest that fills no vector register, of which
+        # torch computes the sigmoid otherwise, down to the last bit.
+        D = self.max_detections
+        more = max(D, 64)
+        boxes, classes = F.pad(boxes, (0, 0, 0, more)), F.pad(classes, (0, more))
+        scores = F.pad(logits, (0, more), value=-math.inf).sigmoid()
         # A sum of NaN or inf is not less than inf. Such a box is no detection.
         finite = boxes.abs().sum(dim=-1) < math.inf
         boxes = torch.where(finite[..., None], boxes, 0.0)
@@ -212,9 +219,7 @@ class DenseModel(nn.Module):
         if self.boxes_outside == "drop":
             keep &= _have_area(clipped)
         scores = torch.where(keep, scores, 0.0)
-        D = self.max_detections  # a small image has fewer candidates
-        padded = F.pad(clipped, (0, 0, 0, D)), F.pad(scores, (0, D)), F.pad(classes, (0, D))
-        boxes, scores, classes = _best(*padded, D)
+        boxes, scores, classes = _best(clipped, scores, classes, D)
         if self.boxes_outside == "keep":  # removed only now, as in `detector_postprocess`
             scores = torch.where(_have_area(boxes), scores, 0.0)
             boxes, scores, classes = _best(boxes, scores, classes, D)

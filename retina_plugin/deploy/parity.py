@@ -27,8 +27,6 @@ TOLERANCES = {"boxes": 0.02, "scores": 1e-4, "logits": 1e-4, "deltas": 1e-4}
 # another box.
 _MATCHED = 0.99
 
-_SECONDS = 2.0  # of timing each size
-
 # Of a file: an array by name. Of the model's detections: a list of N arrays of different lengths.
 Outputs = Mapping[str, Any]
 
@@ -86,6 +84,7 @@ def compare(
     *,
     sizes: Sequence[tuple[int, int]],
     batches: Sequence[int] = (1, 3),
+    seconds: float = 2.0,
 ) -> list[Parity]:
     """Run a file and the model on the same pixels.
 
@@ -97,6 +96,7 @@ def compare(
         metadata: of the file.
         images: (H, W, 3) uint8 in the model's format. Each is resized to each size.
         sizes, batches: every pair is compared.
+        seconds: for which each pair is timed; each runs once at least.
     """
     found = []
     start = 0
@@ -104,7 +104,8 @@ def compare(
         for batch in batches:
             chosen = [images[(start + k) % len(images)] for k in range(batch)]
             start += batch  # other images in every comparison
-            found.append(_compare_batch(run, model, metadata, resized_batch(chosen, height, width)))
+            pixels = resized_batch(chosen, height, width)
+            found.append(_compare_batch(run, model, metadata, pixels, seconds))
     return found
 
 
@@ -128,6 +129,7 @@ def _compare_batch(
     model: FocalRetinaNet,
     metadata: Metadata,
     pixels: np.ndarray,
+    seconds: float,
 ) -> Parity:
     reference = {"nms": _detect, "boxes": _decode, "head": _predict}[metadata.stage]
     images = torch.from_numpy(pixels)
@@ -138,7 +140,7 @@ def _compare_batch(
     else:
         detections = matched = 0
         differences, where = _compare_tensors(expected, given, height, width)
-    model_ms, file_ms = _time([lambda: reference(model, images), lambda: run(pixels)])
+    model_ms, file_ms = _time([lambda: reference(model, images), lambda: run(pixels)], seconds)
     return Parity(
         len(pixels), height, width, detections, matched, differences, model_ms, file_ms, where
     )
@@ -280,11 +282,11 @@ def _name(i: int, scores: np.ndarray, classes: np.ndarray, metadata: Metadata) -
     return f"detection {i} ({metadata.class_names[int(classes[i])]}, score {scores[i]:.4f})"
 
 
-def _time(runs: Sequence[Callable[[], Any]]) -> list[float]:
+def _time(runs: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
     """Medians in milliseconds, measured in turn so that both meet the same machine."""
     times: list[list[float]] = [[] for _ in runs]
     begin = time.perf_counter()
-    while not times[0] or (time.perf_counter() - begin < _SECONDS and len(times[0]) < 20):
+    while not times[0] or (time.perf_counter() - begin < seconds and len(times[0]) < 20):
         for run, taken in zip(runs, times):
             start = time.perf_counter()
             run()
