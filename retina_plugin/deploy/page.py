@@ -22,7 +22,9 @@ __all__ = ["ONNXRUNTIME_WEB", "fetch_onnxruntime_web", "write_page"]
 
 # The version that the page was tested with, and the SHA-512 that npm's registry has of its file.
 ONNXRUNTIME_WEB = "1.30.0"
-_INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+_INTEGRITY = (
+    "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+)
 
 # Of its package: what one thread on the CPU needs, of more than 500 files.
 _RUNTIME_FILES = (
@@ -122,7 +124,9 @@ def fetch_onnxruntime_web(integrity: str = _INTEGRITY) -> Path:
     )
     npm = shutil.which("npm")
     if npm is None:
-        raise ConfigError(f"a page needs npm to fetch onnxruntime-web, which is not here: {by_hand}")
+        raise ConfigError(
+            f"a page needs npm to fetch onnxruntime-web, which is not here: {by_hand}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(

@@ -296,14 +296,15 @@ def draw(image: Image.Image, found: Detections) -> Image.Image:
     drawn = image.copy()
     pen = ImageDraw.Draw(drawn)
     line = max(1, round(max(drawn.size) / 400))
-    font = ImageFont.load_default(max(10, round(max(drawn.size) / 50)))
+    height = max(10, round(max(drawn.size) / 50))
+    font = ImageFont.load_default(height)
     for i in range(len(found))[::-1]:
         hue = int(255 * (0.08 + found.class_ids[i] * 0.618034) % 255)  # golden ratio: far apart
         colour = Image.new("HSV", (1, 1), (hue, 217, 255)).convert("RGB").getpixel((0, 0))
         box = found.boxes[i].tolist()
         pen.rectangle(box, outline=colour, width=line)
         label = f"{found.class_names[i]} {found.scores[i]:.2f}"
-        corner = (box[0], max(0, box[1] - font.size - 2 * line))
+        corner = (box[0], max(0, box[1] - height - 2 * line))
         pen.rectangle(pen.textbbox(corner, label, font), fill=colour)
         pen.text(corner, label, fill="black", font=font)
     return drawn

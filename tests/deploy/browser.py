@@ -18,9 +18,10 @@ from typing import Any
 __all__ = ["Browser", "find_browser"]
 
 _FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --no-default-browser-check "
-    "--disable-background-networking --disable-component-update --disable-sync --disable-extensions "
-    "--disable-dev-shm-usage --remote-debugging-pipe"
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync "
+    "--no-default-browser-check --disable-extensions --disable-dev-shm-usage "
+    "--remote-debugging-pipe"
 ).split()
 
 
@@ -59,9 +60,7 @@ class Browser:
         self.requests: list[str] = []  # addresses that the page and its workers asked for
         self.console: list[str] = []  # warnings, errors and violations of the policy
         self.workers: list[str] = []  # sessions
-        (page,) = (
-            t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"
-        )
+        (page,) = (t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
         attached = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
@@ -124,7 +123,9 @@ class Browser:
 
     def open(self, address: str) -> None:
         self.call("Page.navigate", url=address)
-        self.wait_for(f"location.href === {json.dumps(address)} && document.readyState === 'complete'")
+        self.wait_for(
+            f"location.href === {json.dumps(address)} && document.readyState === 'complete'"
+        )
 
     def choose_files(self, selector: str, *paths: Path) -> None:
         """What a user does in the dialog of an <input type=file>."""

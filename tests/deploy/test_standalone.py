@@ -1,12 +1,14 @@
 """standalone.py: no PyTorch, and the detections of the model that was exported."""
 
 import ast
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,9 +18,11 @@ from sklearn.datasets import load_sample_images
 
 from retina_plugin.data.images import read_image as read_as_in_training
 from retina_plugin.data.resizing import TorchvisionResizeShortestEdge
-from retina_plugin.deploy import standalone
+from retina_plugin.deploy import load_exported, standalone
+from retina_plugin.deploy.metadata import METADATA_KEY
 from retina_plugin.deploy.standalone import Detector, DetectorError
 from retina_plugin.predict import Predictions
+from tests.deploy.detections import assert_same_detections
 from tests.deploy.echo import NAMES, metadata, write_echo
 
 
@@ -215,3 +219,40 @@ def test_files_that_are_no_models_are_one_line(tmp_path, image, monkeypatch, cap
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
     with pytest.raises(SystemExit, match="error: onnxruntime: .*pip install onnxruntime"):
         standalone.main([str(image), str(image)])
+
+
+def changed(source, target, **changes):
+    """A copy of a model with other metadata."""
+    model = onnx.load(source)
+    record = dataclasses.replace(load_exported(source).metadata, **changes)
+    (entry,) = (entry for entry in model.metadata_props if entry.key == METADATA_KEY)
+    entry.value = record.to_json()
+    onnx.save(model, target)
+    return target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides, changes",
+    [
+        ([], {}),
+        (["INPUT.MAPPER", "DatasetMapper"], {"resampler": "pillow"}),
+        (["INPUT.RESIZE", "torchvision"], {"resize": "torchvision"}),
+        (
+            ["INPUT.MIN_SIZE_TEST", 333, "INPUT.MAX_SIZE_TEST", 999],
+            {"min_size": 333, "max_size": 999},
+        ),
+        (["INPUT.MIN_SIZE_TEST", 0], {"min_size": 0}),
+    ],
+    ids=["torch", "pillow", "torchvision", "larger", "not resized"],
+)
+def test_standalone_finds_what_the_predictor_finds(
+    overrides, changes, exported_onnx, predictor, photos, tmp_path
+):
+    predict = predictor(*overrides)
+    detect = Detector(changed(exported_onnx[0], tmp_path / "model.onnx", **changes), threads=1)
+    for photo in photos:
+        found, expected = detect(photo), predict(photo)
+        assert_same_detections(found.boxes, found.scores, found.class_ids, expected)
+        assert found.class_names == expected.class_names
+        assert found.image_size == expected.image_size

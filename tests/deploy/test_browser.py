@@ -1,6 +1,5 @@
-"""An exported model without PyTorch, in Python and in a browser, against the predictor."""
+"""The page in a headless Chromium: what it finds, shows and sends."""
 
-import dataclasses
 import functools
 import http.server
 import json
@@ -8,131 +7,15 @@ import shutil
 import threading
 
 import numpy as np
-import onnx
 import pytest
-import torch
-from detectron2.modeling import build_model
-from PIL import Image
-from sklearn.datasets import load_sample_images
 
-from retina_plugin.deploy import load_exported, write_exported
-from retina_plugin.deploy.dense import DenseModel
-from retina_plugin.deploy.metadata import METADATA_KEY, describe_model
 from retina_plugin.deploy.page import fetch_onnxruntime_web, write_page
-from retina_plugin.deploy.standalone import Detector
-from retina_plugin.engine import setup_cfg
 from retina_plugin.errors import ConfigError
-from retina_plugin.predict import RetinaPredictor
 from tests.deploy.browser import Browser, find_browser
+from tests.deploy.detections import assert_same_detections
 from tests.deploy.echo import write_echo
 
 pytestmark = pytest.mark.slow
-
-SCORE, BOX = 5e-6, 3e-4  # the largest differences, boxes in pixels
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "<b>nine")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("exported")
-
-
-@pytest.fixture(scope="module")
-def cfg(repo):
-    cfg = setup_cfg(str(repo / "configs" / "_base_" / "digits_R18.yaml"))
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 16
-    cfg.MODEL.FPN.OUT_CHANNELS = 16
-    cfg.MODEL.FPN.NORM = cfg.MODEL.RETINANET.NORM = ""
-    return cfg
-
-
-@pytest.fixture(scope="module")
-def weights(cfg, folder):
-    """Random weights whose scores are spread, as those of a trained model are."""
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    model.head.cls_score.weight.data.normal_(std=0.3)
-    model.head.cls_score.bias.data.fill_(-2.0)
-    path = folder / "weights.pth"
-    torch.save({"model": model.state_dict(), "class_names": list(NAMES)}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def exported(cfg, weights, folder):
-    model = build_model(cfg).eval()
-    model.load_state_dict(torch.load(weights)["model"])
-    dense = DenseModel(model).eval()
-    about = {"class_names": NAMES, "category_ids": None, "divisibility": dense.divisibility}
-    path = folder / "digits.onnx"
-    write_exported(
-        dense, describe_model(cfg, model.state_dict(), stage="nms", **about), path
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def photos(folder):
-    """Photos and parts of them: odd sizes, a turned one, a transparent one, a tiny one."""
-    china, flower = load_sample_images().images
-    alpha = np.random.default_rng(0).integers(0, 256, flower.shape[:2], dtype=np.uint8)
-    exif = Image.Exif()
-    exif[274] = 6
-    Image.fromarray(china).save(folder / "china.png")
-    Image.fromarray(china[:401, :333]).save(folder / "000000000139.png")
-    Image.fromarray(np.dstack([flower, alpha])).save(folder / "transparent.png")
-    Image.fromarray(flower[5:38, :47]).save(folder / "tiny.png")
-    Image.fromarray(china[:, :501]).save(folder / "turned.jpg", exif=exif, quality=92)
-    names = ("china.png", "000000000139.png", "transparent.png", "tiny.png", "turned.jpg")
-    return [folder / name for name in names]
-
-
-def changed(source, target, **changes):
-    """A copy of a model with other metadata."""
-    model = onnx.load(source)
-    record = dataclasses.replace(load_exported(source).metadata, **changes)
-    (entry,) = (entry for entry in model.metadata_props if entry.key == METADATA_KEY)
-    entry.value = record.to_json()
-    onnx.save(model, target)
-    return target
-
-
-def assert_equal(boxes, scores, classes, expected):
-    """The same detections in the same order, but for the order of scores that are so close."""
-    assert len(scores) == len(expected) > 0
-    np.testing.assert_allclose(scores, expected.scores, rtol=0, atol=SCORE)
-    for box, score, k in zip(boxes, scores, classes):
-        close = np.abs(expected.scores - score) <= SCORE
-        close &= expected.class_ids == k
-        assert (np.abs(expected.boxes[close] - box) <= BOX).all(axis=1).any(), (box, score, k)
-
-
-@pytest.mark.parametrize(
-    "opts, changes",
-    [
-        ([], {}),
-        (["INPUT.MAPPER", "DatasetMapper"], {"resampler": "pillow"}),
-        (["INPUT.RESIZE", "torchvision"], {"resize": "torchvision"}),
-        (["INPUT.MIN_SIZE_TEST", "333"], {"min_size": 333}),
-        (["INPUT.MIN_SIZE_TEST", "0"], {"min_size": 0}),
-    ],
-    ids=["torch", "pillow", "torchvision", "larger", "not resized"],
-)
-def test_standalone_finds_what_the_predictor_finds(opts, changes, cfg, weights, exported, photos, tmp_path):
-    predictor = RetinaPredictor.load(cfg, weights, opts=opts)
-    detect = Detector(changed(exported, tmp_path / "model.onnx", **changes), threads=1)
-    for photo in photos:
-        found = detect(photo)
-        expected = predictor(photo)
-        assert_equal(found.boxes, found.scores, found.class_ids, expected)
-        assert found.class_names == [NAMES[k] for k in found.class_ids]
-        assert found.image_size == expected.image_size
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
 
 
 class Server:
@@ -142,10 +25,13 @@ class Server:
         self.requests = 0
         owner = self
 
-        class Handler(_Quiet):
+        class Handler(http.server.SimpleHTTPRequestHandler):
             def do_GET(self):
                 owner.requests += 1
                 super().do_GET()
+
+            def log_message(self, *args):
+                pass
 
         handler = functools.partial(Handler, directory=folder)
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -158,14 +44,14 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def site(exported, folder):
+def site(exported_onnx, tmp_path_factory):
     """The page with the exported model."""
     try:
         runtime = fetch_onnxruntime_web()
     except ConfigError as error:
         pytest.skip(str(error))
-    write_page(exported, folder / "site", onnxruntime_web=runtime)
-    return folder / "site"
+    folder = tmp_path_factory.mktemp("site")
+    return write_page(exported_onnx[0], folder, onnxruntime_web=runtime).parent
 
 
 @pytest.fixture
@@ -189,7 +75,9 @@ DONE = "[...document.querySelectorAll('.facts')].every((facts) => / ms /.test(fa
 
 
 def detect_in(browser, path):
-    browser.evaluate("document.querySelectorAll('.facts').forEach((facts) => (facts.innerText = ''))")
+    browser.evaluate(
+        "document.querySelectorAll('.facts').forEach((facts) => (facts.innerText = ''))"
+    )
     browser.choose_files("#picture", path)
     browser.wait_for(DONE)
 
@@ -228,28 +116,28 @@ def error_line(browser):
     )
 
 
-def test_page_finds_what_the_predictor_finds(browser, server, cfg, weights, photos):
-    predictor = RetinaPredictor.load(cfg, weights)
+def test_page_finds_what_the_predictor_finds(browser, server, predictor, photos):
+    predict = predictor()
     browser.open(server.address)
     browser.wait_for(READY)
     set_score(browser, 0)  # the slider begins at the model's own threshold
     for photo in photos:
         detect_in(browser, photo)
-        expected = predictor(photo)
+        expected = predict(photo)
         assert number_of_boxes(browser) == len(expected)
         entries = saved_json(browser)
         boxes = np.array([entry["bbox"] for entry in entries])
         boxes[:, 2:] += boxes[:, :2]
         classes = [entry["category_id"] for entry in entries]
-        assert_equal(boxes, [entry["score"] for entry in entries], classes, expected)
+        assert_same_detections(boxes, [entry["score"] for entry in entries], classes, expected)
         assert {entry["file_name"] for entry in entries} == {photo.name}
-        assert [entry["category_name"] for entry in entries] == [NAMES[k] for k in classes]
+        assert [entry["category_name"] for entry in entries] == expected.class_names
         assert {entry["image_id"] for entry in entries} == {139 if photo.stem.isdecimal() else 1}
     assert browser.console == []
 
 
-def test_filters_change_the_boxes_and_the_download(browser, server, cfg, weights, photos):
-    found = RetinaPredictor.load(cfg, weights)(photos[0])
+def test_filters_change_the_boxes_and_the_download(browser, server, predictor, photos):
+    found = predictor()(photos[0])
     browser.open(server.address)
     browser.wait_for(READY)
     detect_in(browser, photos[0])
@@ -264,32 +152,36 @@ def test_filters_change_the_boxes_and_the_download(browser, server, cfg, weights
     set_score(browser, 0)
     most = np.bincount(found.class_ids).argmax()
     browser.evaluate(f"document.querySelectorAll('#classes input')[{most}].click()")
-    left = [NAMES[k] for k in found.class_ids if k != most]
+    left = [name for name, k in zip(found.class_names, found.class_ids) if k != most]
     assert [entry["category_name"] for entry in saved_json(browser)] == left
     browser.evaluate("document.querySelector('#none').click()")
     assert number_of_boxes(browser) == 0 and saved_json(browser) == []
     browser.evaluate("document.querySelector('#all').click()")
     assert number_of_boxes(browser) == len(found)
-    # names are text, whatever they hold
-    assert browser.evaluate("document.querySelectorAll('.boxes b, #classes b').length") == 0
 
 
 def test_second_model_stands_beside_the_first(browser, server, photos, tmp_path):
     browser.open(server.address)
     browser.wait_for(READY)
     detect_in(browser, photos[0])
-    browser.choose_files("#model", write_echo(tmp_path / "echo.onnx", quantized="int8"))
+    names = ("<b>bold</b>", "dog", "bird")
+    echo = write_echo(tmp_path / "echo.onnx", quantized="int8", class_names=names)
+    browser.choose_files("#model", echo)
     browser.wait_for("document.querySelectorAll('figure').length === 2")
     browser.wait_for(DONE)
     set_score(browser, 0)
     assert number_of_boxes(browser, 0) > 0
     first, second = (
-        browser.evaluate(f"document.querySelectorAll('figure')[{i}].getBoundingClientRect().toJSON()")
+        browser.evaluate(
+            f"document.querySelectorAll('figure')[{i}].getBoundingClientRect().toJSON()"
+        )
         for i in (0, 1)
     )
     assert first["top"] == second["top"] and first["right"] < second["left"]
     assert number_of_boxes(browser, 1) == 2
-    assert {entry["category_name"] for entry in saved_json(browser, 1)} <= {"кошка", "dog"}
+    assert {entry["category_name"] for entry in saved_json(browser, 1)} == set(names[:2])
+    # names are text, whatever they hold
+    assert browser.evaluate("document.querySelectorAll('.boxes b, #classes b').length") == 0
     caption = "document.querySelectorAll('figcaption')[1].innerText"
     assert {"echo", "int8"} <= set(browser.evaluate(caption).split())
     detect_in(browser, photos[1])  # both see the next picture, of which one box is outside
@@ -299,9 +191,9 @@ def test_second_model_stands_beside_the_first(browser, server, photos, tmp_path)
     assert number_of_boxes(browser) == 1
 
 
-def test_page_of_two_models_shows_both(browser, exported, site, photos, tmp_path):
+def test_page_of_two_models_shows_both(browser, exported_onnx, site, photos, tmp_path):
     echo = write_echo(tmp_path / "echo.onnx")
-    write_page(exported, tmp_path / "site", second=echo)
+    write_page(exported_onnx[0], tmp_path / "site", second=echo)
     server = Server(tmp_path / "site")
     browser.open(server.address)
     browser.wait_for(READY)
@@ -344,8 +236,10 @@ def test_nothing_leaves_the_origin(browser, server, photos, tmp_path):
     attempt = f"fetch('{outside.address}', {{mode: 'no-cors'}}).then(() => 'sent', () => 'blocked')"
     for session in (None, worker):
         assert browser.evaluate(attempt, session=session) == "blocked"
-    image = f"new Promise((r) => {{ const i = new Image(); i.onload = i.onerror = r; i.src = '{outside.address}a.png'; }})"
-    browser.evaluate(f"{image}.then(() => 1)")
+    browser.evaluate(
+        "new Promise((done) => { const image = new Image(); image.onload = image.onerror = "
+        f"() => done(1); image.src = '{outside.address}a.png'; }})"
+    )
     assert outside.requests == 0
     outside.close()
 
@@ -361,7 +255,10 @@ def test_page_without_a_server_says_so(browser, site):
 
 def test_missing_file_is_one_line(browser, site, tmp_path):
     shutil.copytree(site, tmp_path / "site")
-    for name, line in [("model.onnx", "model.onnx: 404"), ("ort.wasm.min.mjs", "worker.js or a file")]:
+    for name, line in [
+        ("model.onnx", "model.onnx: 404"),
+        ("ort.wasm.min.mjs", "worker.js or a file"),
+    ]:
         (tmp_path / "site" / name).rename(tmp_path / name)
         server = Server(tmp_path / "site")
         browser.open(server.address)
