@@ -219,6 +219,8 @@ def test_package_works_without_a_checkout(repo, tmp_path):
     for file in (
         "py.typed",
         "losses/backends/native.cpp",
+        "deploy/page/index.html",
+        "deploy/page/page.js",
         "doctor/page.html",
         "configs/_base_/retinanet.yaml",
     ):

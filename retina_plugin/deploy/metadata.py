@@ -33,6 +33,8 @@ class Metadata:
         min_size, max_size: images are resized so that the short side has ``min_size`` pixels, and
             the long side ``max_size`` at most; 0: they are not resized.
         resize: "detectron2" or "torchvision", see ``INPUT.RESIZE``.
+        resampler: what resizes with "detectron2": "torch" (``FastMapper``) or "pillow"
+            (``DatasetMapper``). Their pixels differ by 1 or 2 here and there, and so do scores.
         boxes_outside: "drop", "keep" or "clip", see ``MODEL.RETINANET.BOXES_OUTSIDE_TEST``.
         class_names: of the K classes.
         category_ids: the dataset's ids of the classes; None: not known.
@@ -50,6 +52,7 @@ class Metadata:
     min_size: int
     max_size: int
     resize: str
+    resampler: str
     boxes_outside: str
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...] | None
@@ -116,6 +119,7 @@ def describe_model(
         min_size=cfg.INPUT.MIN_SIZE_TEST,
         max_size=cfg.INPUT.MAX_SIZE_TEST,
         resize=cfg.INPUT.RESIZE,
+        resampler="pillow" if cfg.INPUT.MAPPER == "DatasetMapper" else "torch",
         boxes_outside=retinanet.BOXES_OUTSIDE_TEST,
         class_names=tuple(class_names),
         category_ids=None if category_ids is None else tuple(category_ids),

@@ -74,6 +74,16 @@ def test_trace_detects_the_same_at_other_sizes(detector, noise, options):
         assert_equal(got, expected)
 
 
+def test_trace_of_8_bit_pixels_takes_others(detector, noise):
+    """As Detectron2's does: the traced image's dtype is no part of the trace."""
+    _, model = detector(*TOP_K)
+    (image,) = noise(1, *TRACED)
+    wrapper = adapter(model, image.byte())
+    traced = trace(wrapper, image.byte())
+    with torch.no_grad():
+        assert_equal(wrapper.outputs_schema(traced(image + 0.4)), detect(model, image + 0.4))
+
+
 def test_trace_of_an_image_without_detections(detector, noise):
     """A trace made where nothing is found detects elsewhere, and the reverse."""
     _, model = detector(*TOP_K, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.5")

@@ -1,0 +1,258 @@
+"""standalone.py: no PyTorch, and the detections of the model that was exported."""
+
+import ast
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.data import transforms as T
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from retina_plugin.data.images import read_image as read_as_in_training
+from retina_plugin.data.resizing import TorchvisionResizeShortestEdge
+from retina_plugin.deploy import load_exported, standalone
+from retina_plugin.deploy.metadata import METADATA_KEY
+from retina_plugin.deploy.standalone import Detector, DetectorError
+from retina_plugin.predict import Predictions
+from tests.deploy.detections import assert_same_detections
+from tests.deploy.echo import NAMES, metadata, write_echo
+
+
+def pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def sizes(number, largest=160):
+    """Pairs of old and new (height, width)."""
+    drawn = np.random.default_rng(1).integers(1, largest, (number, 4)).tolist()
+    return [((a, b), (c, d)) for a, b, c, d in drawn]
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(pixels(50, 100, 3)).save(path)
+    return path
+
+
+def test_it_imports_nothing_but_three_packages(repo):
+    tree = ast.parse((repo / "retina_plugin/deploy/standalone.py").read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names.add(node.module.partition(".")[0])
+    assert names - sys.stdlib_module_names == {"numpy", "PIL", "onnxruntime"}
+
+
+def test_command_runs_alone_without_torch(repo, tmp_path, image):
+    shutil.copy(repo / "retina_plugin/deploy/standalone.py", tmp_path)
+    write_echo(tmp_path / "model.onnx")
+    program = (
+        "import sys, standalone\n"
+        "try: standalone.main()\n"
+        "finally: assert not {'torch', 'retina_plugin', 'cv2'} & set(sys.modules)"
+    )
+    arguments = ["model.onnx", "image.png", "no.png", "--score", "0.1", "--json", "found.json"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments, "--draw", "drawn"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("left out: cannot read the image no.png: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout.startswith("image.png: 2 detections\n  кошка")
+    entries = json.loads((tmp_path / "found.json").read_text("utf-8"))
+    assert [e["category_id"] for e in entries] == [7, 8]
+    drawn = Image.open(tmp_path / "drawn" / "1_image.png")
+    assert drawn.size == (100, 50)
+    assert (np.asarray(drawn) != np.asarray(Image.open(image))).any()
+
+
+@pytest.mark.parametrize("old, new", sizes(40))
+def test_resize_equals_torch_to_the_bit(old, new):
+    image = pixels(*old, 3)
+    batch = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+    resized = F.interpolate(batch, new, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    np.testing.assert_array_equal(standalone.resize_like_torch(image, *new), resized.numpy())
+
+
+@pytest.mark.parametrize("old, new", sizes(20))
+def test_resize_without_antialias_equals_torch(old, new):
+    image = pixels(*old, 3)
+    batch = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32))[None]
+    resized = F.interpolate(batch, new, mode="bilinear")[0].permute(1, 2, 0).numpy()
+    ours = standalone.resize_without_antialias(image, *new)
+    # of 255: torch rounds coordinates to float32 in one of two ways, by size
+    np.testing.assert_allclose(ours, resized, atol=3e-3)
+
+
+@pytest.mark.parametrize("short, longest", [(800, 1333), (160, 1333), (37, 50), (0, 1333)])
+def test_input_has_the_size_of_the_test_augmentation(short, longest, tmp_path):
+    shapes = {"detectron2": T.ResizeShortestEdge, "torchvision": TorchvisionResizeShortestEdge}
+    for resize, augmentation in shapes.items():
+        record = {"min_size": short, "max_size": longest, "resize": resize}
+        detect = Detector(write_echo(tmp_path / "model.onnx", **record))
+        augment = augmentation(short, longest)
+        for height, width in [(427, 640), (33, 47), (401, 333), (50, 700), (999, 1000)]:
+            image = np.zeros((height, width, 3), np.uint8)
+            expected = augment.get_transform(image).apply_image(image).shape
+            assert detect._resize(image).shape == expected
+
+
+def test_boxes_are_scaled_and_clipped_and_empty_ones_dropped(tmp_path):
+    detect = Detector(write_echo(tmp_path / "model.onnx"))
+    found = detect(pixels(100, 200, 3))  # twice the size of the input
+    np.testing.assert_array_equal(found.boxes, [[20, 20, 60, 80], [120, 40, 200, 100]])
+    assert found.class_names == ["кошка", "dog"] and found.image_size == (100, 200)
+
+
+def test_clipped_boxes_are_not_clipped_again(tmp_path):
+    detect = Detector(write_echo(tmp_path / "model.onnx", boxes_outside="clip"))
+    found = detect(pixels(100, 200, 3))
+    np.testing.assert_array_equal(found.boxes, [[20, 20, 60, 80], [120, 40, 260, 140]])
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_channels_have_the_order_of_the_model(order, tmp_path):
+    image = np.full((50, 100, 3), [10, 20, 30], np.uint8)
+    path = write_echo(tmp_path / "model.onnx", format=order)
+    means = [10, 20] if order == "RGB" else [30, 20]
+    for source in (Image.fromarray(image), np.ascontiguousarray(image[:, :, ::-1])):
+        scores = Detector(path)(source).scores
+        np.testing.assert_allclose(scores, np.array(means) / 255, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ids", [(7, 8, 9), None])
+def test_coco_entries_are_those_of_predictions(ids, tmp_path):
+    found = Detector(write_echo(tmp_path / "model.onnx", category_ids=ids))(pixels(50, 90, 3))
+    same = Predictions(found.boxes, found.scores, found.class_ids, (50, 90), NAMES, ids)
+    assert found.to_coco(5) == same.to_coco(5)
+    assert json.loads(json.dumps(found.to_coco())) == same.to_coco()
+
+
+def saved(path, image, **options):
+    image.save(path, **options)
+    return path
+
+
+def test_images_are_read_as_in_training(tmp_path):
+    photo = load_sample_images().images[0][:120, :163]
+    image = Image.fromarray(photo)
+    files = [
+        saved(tmp_path / "rgb.png", image),
+        saved(tmp_path / "rgb.jpg", image),
+        saved(tmp_path / "rgb.webp", image),
+        saved(tmp_path / "progressive.jpg", image, progressive=True, quality=70),
+        saved(tmp_path / "grey.jpg", image.convert("L")),
+        saved(tmp_path / "cmyk.jpg", image.convert("CMYK")),
+        saved(tmp_path / "palette.png", image.convert("P")),
+        saved(tmp_path / "one_bit.png", image.convert("1")),
+        saved(tmp_path / "alpha.png", Image.fromarray(np.dstack([photo, pixels(120, 163)]))),
+    ]
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[274] = orientation
+        files.append(saved(tmp_path / f"{orientation}.jpg", image, exif=exif))
+        files.append(saved(tmp_path / f"{orientation}.png", image, exif=exif))
+    for file in files:
+        expected = read_as_in_training(str(file), "RGB")
+        np.testing.assert_array_equal(standalone.read_image(file), expected, file.name)
+
+
+def test_bad_images_are_one_line(tmp_path, image):
+    detect = Detector(write_echo(tmp_path / "model.onnx"))
+    damaged = bytearray(image.read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    (tmp_path / "damaged.png").write_bytes(damaged)
+    Image.fromarray(pixels(50, 50, 3)).save(tmp_path / "cut.jpg")
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(cut.read_bytes()[:-300])
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "text.jpg").write_text("hello")
+    names = ["damaged.png", "cut.jpg", "deep.png", "text.jpg", "missing.jpg", "."]
+    for bad in [*(tmp_path / name for name in names), pixels(5, 5), pixels(3, 9, 9), np.zeros(3)]:
+        with pytest.raises(DetectorError) as raised:
+            detect(bad)
+        assert "\n" not in str(raised.value) and len(str(raised.value)) > 20
+    thin = Detector(write_echo(tmp_path / "thin.onnx", min_size=50, max_size=60))
+    with pytest.raises(DetectorError, match="an image of 1x200 pixels is too thin"):
+        thin(pixels(200, 1, 3))
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ("", "has no metadata of retina_plugin: write it with `retina export"),
+        ("{", "its metadata cannot be read"),
+        ("[]", "its metadata cannot be read"),
+        ('{"version": 2, "stage": "nms"}', "has metadata of version 2"),
+        (metadata(stage="boxes").to_json(), "--output-stage boxes: .* with --output-stage nms"),
+    ],
+)
+def test_models_that_it_cannot_run_are_one_line(record, message, tmp_path):
+    path = write_echo(tmp_path / "model.onnx", record)
+    with pytest.raises(DetectorError, match=message) as raised:
+        Detector(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_files_that_are_no_models_are_one_line(tmp_path, image, monkeypatch, capsys):
+    (tmp_path / "empty.onnx").touch()
+    for bad in (tmp_path / "missing.onnx", tmp_path, image, tmp_path / "empty.onnx"):
+        with pytest.raises(DetectorError, match="does not exist|cannot read it") as raised:
+            Detector(bad)
+        assert "\n" not in str(raised.value)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
+    with pytest.raises(SystemExit, match="error: onnxruntime: .*pip install onnxruntime"):
+        standalone.main([str(image), str(image)])
+
+
+def changed(source, target, **changes):
+    """A copy of a model with other metadata."""
+    model = onnx.load(source)
+    record = dataclasses.replace(load_exported(source).metadata, **changes)
+    (entry,) = (entry for entry in model.metadata_props if entry.key == METADATA_KEY)
+    entry.value = record.to_json()
+    onnx.save(model, target)
+    return target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides, changes",
+    [
+        ([], {}),
+        (["INPUT.MAPPER", "DatasetMapper"], {"resampler": "pillow"}),
+        (["INPUT.RESIZE", "torchvision"], {"resize": "torchvision"}),
+        (
+            ["INPUT.MIN_SIZE_TEST", 333, "INPUT.MAX_SIZE_TEST", 999],
+            {"min_size": 333, "max_size": 999},
+        ),
+        (["INPUT.MIN_SIZE_TEST", 0], {"min_size": 0}),
+    ],
+    ids=["torch", "pillow", "torchvision", "larger", "not resized"],
+)
+def test_standalone_finds_what_the_predictor_finds(
+    overrides, changes, exported_onnx, predictor, photos, tmp_path
+):
+    predict = predictor(*overrides)
+    detect = Detector(changed(exported_onnx[0], tmp_path / "model.onnx", **changes), threads=1)
+    for photo in photos:
+        found, expected = detect(photo), predict(photo)
+        assert_same_detections(found.boxes, found.scores, found.class_ids, expected)
+        assert found.class_names == expected.class_names
+        assert found.image_size == expected.image_size
