@@ -1,0 +1,66 @@
+"""``retina check FILE --config-file X --weights W --dataset D``: AP of an exported file."""
+
+from __future__ import annotations
+
+import argparse
+
+from retina_plugin.deploy.check import check_file
+from retina_plugin.engine.console import console
+from retina_plugin.weights.public_models import prepare_model
+
+__all__ = ["argument_parser", "main"]
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="retina check",
+        usage="retina check FILE (--config-file FILE --weights FILE | --model NAME) [options] "
+        "[KEY VALUE ...]",
+        description="Evaluate an exported file beside the model that it was made of: AP and time "
+        "an image on the CPU.",
+        epilog="KEY VALUE pairs override the config: those that the file was exported with.",
+    )
+    parser.add_argument("file", metavar="FILE", help=".onnx, .pt2 or .xml of retina export")
+    parser.add_argument(
+        "--config-file", metavar="FILE", help="a file or one of the paper's configs"
+    )
+    parser.add_argument("--weights", default="", metavar="FILE", help="(MODEL.WEIGHTS)")
+    parser.add_argument("--model", metavar="NAME", help="a public model, instead of both")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="a registered dataset (the first of DATASETS.TEST)"
+    )
+    parser.add_argument("--images", type=int, metavar="N", help="its first N images only (all)")
+    parser.add_argument("--output", metavar="FILE", help="write the result as JSON")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command.
+
+    Raises:
+        ConfigError: nothing can be compared with these arguments.
+    """
+    parser = argument_parser()
+    args = parser.parse_intermixed_args(argv)
+    if (args.model is None) == (args.config_file is None):
+        parser.error("give --config-file and --weights, or --model")
+    if args.model is not None and args.weights:
+        parser.error("--model brings its weights: leave out --weights")
+    with console(0):
+        config, weights = args.config_file, args.weights
+        if args.model is not None:
+            config, weights = prepare_model(args.model)
+        found = check_file(
+            args.file,
+            config,
+            weights,
+            dataset=args.dataset,
+            images=args.images,
+            opts=args.opts,
+            output=args.output,
+        )
+    print(f"{found.images:,} images of {found.dataset}")
+    print(found.table())
+    if args.output:
+        print(f"Result      {args.output}")
