@@ -246,7 +246,7 @@ def test_nothing_leaves_the_origin(browser, server, photos, tmp_path):
 
 def test_page_without_a_server_says_so(browser, site):
     browser.open((site / "index.html").as_uri())
-    visible = "getComputedStyle(document.querySelector('#unserved')).visibility === 'visible'"
+    visible = "document.querySelector('#unserved').checkVisibility({visibilityProperty: true})"
     browser.wait_for(visible, seconds=10)
     text = browser.evaluate("document.querySelector('#unserved').innerText")
     assert "python -m http.server" in text
