@@ -23,6 +23,8 @@ _CACHE = tempfile.mkdtemp(prefix="retina_plugin_tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ["RETINA_PLUGIN_CACHE"] = _CACHE
 
+from detectron2.modeling import build_model  # noqa: E402
+
 from retina_plugin.data import digits  # noqa: E402
 from retina_plugin.engine import setup_cfg  # noqa: E402
 
@@ -37,6 +39,13 @@ hypothesis.settings.register_profile("quick", max_examples=3, **_SAME, **_ANY)
 hypothesis.settings.register_profile("long", max_examples=100, **_SAME, **_ANY)
 hypothesis.settings.register_profile("new", max_examples=100, print_blob=True, **_ANY)
 hypothesis.settings.load_profile("quick")
+
+_TINY = [
+    *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.STEM_OUT_CHANNELS", "16"),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "16", "MODEL.FPN.OUT_CHANNELS", "16"),
+    *("MODEL.FPN.NORM", "", "MODEL.RETINANET.NORM", "", "MODEL.RETINANET.NUM_CONVS", "1"),
+    *("INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "96"),
+]
 
 _LOGGERS = ("detectron2", "fvcore", "retina_plugin")
 
@@ -78,6 +87,44 @@ def tiny_cfg(tiny_digits, tmp_path):
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS = 2, (), 0
     cfg.TEST.EVAL_PERIOD = 0
     return cfg
+
+
+@pytest.fixture(scope="session")
+def detector(repo):
+    """detector(*overrides): a config, and its model with random weights, whose scores are spread.
+
+    It finds something everywhere.
+    """
+
+    def build(*overrides):
+        base = str(repo / "configs" / "_base_" / "digits_R18.yaml")
+        cfg = setup_cfg(base, [*_TINY, *map(str, overrides)])
+        torch.manual_seed(0)
+        model = build_model(cfg).eval()
+        generator = torch.Generator().manual_seed(0)
+        for module in model.modules():  # a batch norm as after a training
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.1, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+        model.head.cls_score.weight.data.normal_(std=0.3, generator=generator)
+        model.head.cls_score.bias.data.fill_(-2.0)
+        model.head.bbox_pred.weight.data.normal_(std=0.02, generator=generator)
+        return cfg, model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def noise():
+    """noise(n, h, w): (n, 3, h, w) float32 whole pixels, smooth enough to look like images."""
+
+    def images(n, height, width, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        coarse = torch.rand(n, 3, height // 8 + 2, width // 8 + 2, generator=generator)
+        fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+        return (fine * 255).round()
+
+    return images
 
 
 @pytest.fixture(autouse=True)

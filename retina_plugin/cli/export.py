@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 
 from retina_plugin.deploy import STAGES, SUFFIXES, export_model
+from retina_plugin.deploy.page import fetch_onnxruntime_web, write_page
+from retina_plugin.deploy.runtime import format_of
 from retina_plugin.engine.console import console
 from retina_plugin.errors import ConfigError
 from retina_plugin.weights.public_models import prepare_model
@@ -44,6 +46,17 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="images, folders or datasets to compare with (default: the config's datasets)",
     )
+    parser.add_argument(
+        "--page", metavar="DIR", help="also write a web page that detects in the browser (onnx)"
+    )
+    parser.add_argument(
+        "--page-second", metavar="FILE", help="another .onnx, which the page shows beside this one"
+    )
+    parser.add_argument(
+        "--onnxruntime-web",
+        metavar="FILE",
+        help="its npm package (default: npm fetches it)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help=argparse.SUPPRESS)
     return parser
@@ -62,6 +75,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.model is not None and args.weights:
         parser.error("--model brings its weights: leave out --weights")
     output = _with_suffix(args.output, args.format)
+    if args.page is not None:
+        if format_of(output) != "onnx" or args.output_stage != "nms":
+            raise ConfigError("--page needs an .onnx of the stage nms")
+        args.onnxruntime_web = args.onnxruntime_web or fetch_onnxruntime_web()  # or fail at once
     with console(0):
         config, weights = args.config_file, args.weights
         if args.model is not None:
@@ -76,6 +93,10 @@ def main(argv: list[str] | None = None) -> None:
             overwrite=args.overwrite,
         )
     print(f"Exported    {output}")
+    if args.page is not None:
+        web = args.onnxruntime_web
+        page = write_page(output, args.page, onnxruntime_web=web, second=args.page_second)
+        print(f"Page        {page}\nSee it      python -m http.server --directory {args.page}")
 
 
 def _with_suffix(output: str, kind: str | None) -> str:

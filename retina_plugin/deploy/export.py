@@ -18,6 +18,7 @@ from retina_plugin.errors import ConfigError
 from retina_plugin.modeling import FocalRetinaNet
 from retina_plugin.predict.loading import load_model, prediction_cfg
 
+from . import standalone
 from .dense import DenseModel
 from .formats import check_torch, write_exported
 from .images import find_images
@@ -62,7 +63,8 @@ def export_model(
         export_model("retina_R50_800.yaml", "model_final.pth", "model.onnx", images=["photos/"])
 
     The report of the comparison is written beside the file, see :func:`report_path`. If the file is
-    not equal there is the report only.
+    not equal there is the report only. Beside an .onnx of the stage nms there is ``standalone.py``,
+    which detects with it without PyTorch.
 
     Args:
         config, weights, opts: see :meth:`.RetinaPredictor.load`.
@@ -90,6 +92,8 @@ def export_model(
             if kind == "openvino":  # its weights first: the .xml is what a reader looks for
                 with atomic_write(output.with_suffix(".bin")) as weights_file:
                     os.replace(temporary.with_suffix(".bin"), weights_file)
+        if kind == "onnx" and stage == "nms":
+            _copy_standalone(output.parent)
     except OSError as error:
         raise ConfigError(f"cannot write {output}: {error.strerror or error}") from None
     return Exported(output, metadata, parity)
@@ -136,6 +140,17 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"{output} is there already: --overwrite replaces it")
     if output.is_dir():
         raise ConfigError(f"{output} is a folder: name a file")
+
+
+def _copy_standalone(folder: Path) -> None:
+    """Put the predictor that needs no PyTorch beside the model; keep a file that is another's."""
+    ours = Path(standalone.__file__).read_text()
+    copy = folder / "standalone.py"
+    if copy.exists() and not copy.read_text(errors="replace").startswith(ours[:80]):
+        logger.warning("%s is another program: retina_plugin's is not copied there", copy)
+        return
+    with atomic_write(copy) as temporary:
+        temporary.write_text(ours)
 
 
 def _check(

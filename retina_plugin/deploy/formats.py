@@ -107,6 +107,9 @@ def _write_pt2(
         f"{METADATA_KEY}.json": metadata.to_json(),
         f"{METADATA_KEY}.outputs": " ".join(names),
     }
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # of this machine's files
+    program.example_inputs = None  # the traced image would be a part of the file
     with _quiet():
         torch.export.save(program, output, extra_files=extra)
 
@@ -131,6 +134,8 @@ def _write_onnx(
         reason = one_line(str(error.__cause__ or error))[:300]
         raise ConfigError(f"torch.onnx cannot write the model: {reason}") from None
     _name_sizes(exported.model.graph, metadata)
+    for node in exported.model.graph.all_nodes():
+        node.metadata_props.clear()  # the stack traces of this machine's files
     exported.model.metadata_props[METADATA_KEY] = metadata.to_json()
     exported.save(output, external_data=False)
     onnx.checker.check_model(str(output), full_check=True)

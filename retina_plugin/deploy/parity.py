@@ -209,7 +209,7 @@ def _compare_tensors(
             difference /= max(1.0, np.abs(reference).max())
         difference = np.where(np.isnan(difference), np.inf, difference)
         worst = float(difference.max(initial=0.0))
-        if worst > TOLERANCES[what] and worst > largest.get(what, 0.0):
+        if worst > TOLERANCES[what] and worst > largest.get(what, -1.0):
             index = [int(i) for i in np.unravel_index(difference.argmax(), difference.shape)]
             where = f"{name} at {index} differs by {worst:.2g} (allowed: {TOLERANCES[what]:g})"
         largest[what] = max(worst, largest.get(what, 0.0))

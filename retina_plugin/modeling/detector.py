@@ -182,6 +182,18 @@ class FocalRetinaNet(DenseDetector):
             "input_format": cfg.INPUT.FORMAT,
         }
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by ``torch.jit.script``.
+
+        Raises:
+            ConfigError: always; Detectron2's ``scripting_with_instances`` ends here too.
+        """
+        raise ConfigError(
+            "FocalRetinaNet cannot be compiled by torch.jit.script, which PyTorch has deprecated: "
+            "`retina export` writes ONNX, torch.export or OpenVINO files; torch.jit.trace works "
+            "with detectron2.export.TracingAdapter"
+        )
+
     def extra_repr(self) -> str:
         # PyTorch prints submodules only, and the losses are none
         return f"cls_loss={self.cls_loss}, box_loss={self.box_loss}"

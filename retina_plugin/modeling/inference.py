@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -152,10 +153,12 @@ class DenseInference:
         """Rows and columns of each level that give candidates."""
         if self.boxes_outside != "drop" or not self.strides:
             return [(x.shape[1], x.shape[2]) for x in logits]
+        height, width = image_size
         height, width = (
-            -(-side // self.size_divisibility) * self.size_divisibility for side in image_size
+            _divide_up(side, self.size_divisibility) * self.size_divisibility
+            for side in (height, width)
         )
-        return [(-(-height // stride), -(-width // stride)) for stride in self.strides]
+        return [(_divide_up(height, stride), _divide_up(width, stride)) for stride in self.strides]
 
     def _candidates(
         self, anchors_R4: Tensor, logits: Tensor, deltas: Tensor, size: tuple[int, int]
@@ -166,6 +169,8 @@ class DenseInference:
             logits, deltas: (A*K, H, W) and (A*4, H, W) of one image.
             size: only the first rows and columns give candidates.
         """
+        if torch.jit.is_tracing():
+            return self._traceable_candidates(anchors_R4, logits, deltas, size)
         channel, row, column = _select_candidates(
             logits[:, : size[0], : size[1]], self._logit_thresh, self.topk_candidates
         )
@@ -188,6 +193,33 @@ class DenseInference:
         boxes = self.box2box_transform.apply_deltas(deltas_S4, anchors_R4[anchor])
         return boxes, scores[order], class_
 
+    def _traceable_candidates(
+        self, anchors_R4: Tensor, logits: Tensor, deltas: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with operations that ``torch.jit.trace`` records for any size of the image.
+
+        They are those of Detectron2's ``_decode_per_level_predictions``, which compare all scores.
+        Of equal scores ``topk`` decides which comes first.
+        """
+        H, W = logits.shape[1:]
+
+        def rows(predictions: Tensor, columns: int) -> Tensor:
+            """(A*C, H, W) -> (H'*W'*A, C)"""
+            inside = predictions.view(-1, columns, H, W)[:, :, : size[0], : size[1]]
+            return inside.permute(2, 3, 0, 1).reshape(-1, columns)
+
+        scores_RK = rows(logits, self.num_classes).float().sigmoid()
+        anchors_R4 = anchors_R4.view(H, W, -1, 4)[: size[0], : size[1]].reshape(-1, 4)
+        above = scores_RK > self.score_thresh
+        scores, place = scores_RK[above], above.nonzero()
+        k: Any = torch.as_tensor(scores.shape[0])  # a tensor under the tracer
+        k = k.clamp(max=self.topk_candidates)
+        scores, best = scores.topk(k)
+        anchor, class_ = place[best].unbind(dim=1)
+        deltas_R4 = rows(deltas, 4)
+        boxes = self.box2box_transform.apply_deltas(deltas_R4[anchor], anchors_R4[anchor])
+        return boxes, scores, class_
+
 
 def rescale_detections(detections: Instances, height: int, width: int) -> Instances:
     """Detections in an image of another size; nothing is clipped or removed, as in torchvision.
@@ -201,7 +233,14 @@ def rescale_detections(detections: Instances, height: int, width: int) -> Instan
     old_height, old_width = detections.image_size
     boxes = detections.pred_boxes.clone()
     boxes.scale(width / old_width, height / old_height)
-    return Instances((height, width), **{**detections.get_fields(), "pred_boxes": boxes})
+    size = (height, width)
+    if isinstance(height, Tensor):  # under torch.jit.trace
+        size = torch.stack((height, width))
+    return Instances(size, **{**detections.get_fields(), "pred_boxes": boxes})
+
+
+def _divide_up(a: int, b: int) -> int:
+    return (a + b - 1) // b  # not -(-a // b): ONNX divides negative numbers otherwise
 
 
 def _clip(boxes_S4: Tensor, image_size: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.ops import nms as torchvision_nms
 
 from retina_plugin.config import KEYS
-from retina_plugin.errors import check_choice
+from retina_plugin.errors import ConfigError, check_choice
 
 __all__ = ["Detections", "Merge", "build_merge", "fuse_views", "soft_nms", "weighted_boxes_fusion"]
 
@@ -207,6 +207,10 @@ def weighted_boxes_fusion(
 
 
 def _numpy(x: Tensor) -> np.ndarray:
+    if torch.jit.is_tracing():  # the trace would hold these very numbers
+        raise ConfigError(
+            "soft_nms and wbf cannot be traced: trace with TEST.MERGE nms or class_agnostic"
+        )
     return x.detach().cpu().double().numpy()  # float64: many products and sums
 
 

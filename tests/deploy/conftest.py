@@ -1,46 +1,15 @@
-"""A tiny detector whose scores are spread, so that it finds something everywhere."""
+"""Exported files of the fixture ``detector``, written once."""
 
 import numpy as np
 import pytest
 import torch
-from detectron2.modeling import build_model
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from retina_plugin.deploy import DenseModel, describe_model, write_exported
-from retina_plugin.engine import setup_cfg
 from retina_plugin.predict import RetinaPredictor
 
 NAMES = [f"дзета {k}" for k in range(10)]
-
-TINY = [
-    *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.STEM_OUT_CHANNELS", "16"),
-    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "16", "MODEL.FPN.OUT_CHANNELS", "16"),
-    *("MODEL.FPN.NORM", "", "MODEL.RETINANET.NORM", "", "MODEL.RETINANET.NUM_CONVS", "1"),
-    *("INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "96"),
-]
-
-
-@pytest.fixture(scope="session")
-def detector(repo):
-    """detector(*overrides): a config and its model with random weights."""
-
-    def build(*overrides):
-        base = str(repo / "configs" / "_base_" / "digits_R18.yaml")
-        cfg = setup_cfg(base, [*TINY, *map(str, overrides)])
-        torch.manual_seed(0)
-        model = build_model(cfg).eval()
-        generator = torch.Generator().manual_seed(0)
-        for module in model.modules():  # a batch norm as after a training
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.normal_(std=0.1, generator=generator)
-                module.running_var.uniform_(0.5, 1.5, generator=generator)
-        model.head.cls_score.weight.data.normal_(std=0.3, generator=generator)
-        model.head.cls_score.bias.data.fill_(-2.0)
-        model.head.bbox_pred.weight.data.normal_(std=0.02, generator=generator)
-        return cfg, model
-
-    return build
 
 
 @pytest.fixture(scope="session")
@@ -79,19 +48,6 @@ def exported(detector, metadata_of, tmp_path_factory):
 def exported_onnx(exported):
     """The tiny detector's .onnx, stage nms; its config and model."""
     return exported(".onnx")
-
-
-@pytest.fixture(scope="session")
-def noise():
-    """noise(n, h, w): (n, 3, h, w) float32 whole pixels, smooth enough to look like images."""
-
-    def images(n, height, width, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        coarse = torch.rand(n, 3, height // 8 + 2, width // 8 + 2, generator=generator)
-        fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
-        return (fine * 255).round()
-
-    return images
 
 
 @pytest.fixture(scope="session")
