@@ -6,6 +6,7 @@ import argparse
 
 from retina_plugin.deploy import STAGES, SUFFIXES, export_model
 from retina_plugin.deploy.page import fetch_onnxruntime_web, write_page
+from retina_plugin.deploy.quantize import METHODS
 from retina_plugin.deploy.runtime import format_of
 from retina_plugin.engine.console import console
 from retina_plugin.errors import ConfigError
@@ -45,6 +46,16 @@ def argument_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="PATH",
         help="images, folders or datasets to compare with (default: the config's datasets)",
+    )
+    parser.add_argument(
+        "--quantize", choices=METHODS, help="write it in 8 or 16 bit, and say what AP that costs"
+    )
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="images, folders or datasets for int8 (default: DATASETS.TRAIN)",
     )
     parser.add_argument(
         "--page", metavar="DIR", help="also write a web page that detects in the browser (onnx)"
@@ -89,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
             output,
             stage=args.output_stage,
             images=args.images,
+            quantize=args.quantize,
+            calibration=args.calibration,
             opts=args.opts,
             overwrite=args.overwrite,
         )

@@ -28,7 +28,7 @@ from retina_plugin.errors import ConfigError
 from retina_plugin.evaluation import EVALUATOR_REGISTRY
 from retina_plugin.modeling import FocalRetinaNet
 
-from .export import load_for_export
+from .loading import load_for_export
 from .metadata import Metadata
 from .runtime import ExportedModel, load_exported
 

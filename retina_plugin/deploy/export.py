@@ -5,32 +5,36 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 
 from retina_plugin.cache import atomic_write
 from retina_plugin.errors import ConfigError
 from retina_plugin.modeling import FocalRetinaNet
-from retina_plugin.predict.loading import load_model, prediction_cfg
 
 from . import standalone
+from .check import ApComparison, compare_ap
 from .dense import DenseModel
 from .formats import check_torch, write_exported
 from .images import find_images
-from .metadata import Metadata, describe_model
+from .loading import load_for_export
+from .metadata import Metadata
 from .parity import Parity, compare, parity_sizes, table
+from .quantize import CalibrationImages, check_quantizable
+from .quantize import quantize as write_quantized
 from .runtime import format_of, load_exported
 
-__all__ = ["Exported", "export_model", "load_for_export", "report_path"]
+__all__ = ["Exported", "export_model", "report_path"]
 
 logger = logging.getLogger("retina_plugin")
 
 _IMAGES = 12  # of 3 sizes, once alone and once in a batch of 3
+_AP_IMAGES = 500  # most that the AP of a quantized file is measured on: seconds each on a CPU
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,14 @@ class Exported:
     Attributes:
         path: of the file.
         metadata: what it says of itself.
-        parity: for every size and batch, see :func:`.parity.compare`.
+        parity: of the float32 file, for every size and batch, see :func:`.parity.compare`.
+        ap: of a quantized file beside the model's, if a dataset was there.
     """
 
     path: Path
     metadata: Metadata
     parity: list[Parity]
+    ap: ApComparison | None = None
 
 
 def export_model(
@@ -55,6 +61,8 @@ def export_model(
     *,
     stage: str = "nms",
     images: Sequence[str] = (),
+    quantize: str | None = None,
+    calibration: Sequence[str] = (),
     opts: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Exported:
@@ -71,6 +79,9 @@ def export_model(
         output: its ending is the format: .onnx, .pt2 or .xml (OpenVINO).
         stage: "nms", "boxes" or "head", see :meth:`.DenseModel.forward`.
         images: files, folders or datasets to compare with; none: the config's datasets.
+        quantize: "int8" or "fp16", see :func:`.quantize.quantize`; None: float32. The float32 file
+            is compared first; of the quantized one the AP is, on ``DATASETS.TEST``.
+        calibration: files, folders or datasets for "int8"; none: ``DATASETS.TRAIN``.
         overwrite: whether a file that is there is replaced.
 
     Raises:
@@ -84,11 +95,22 @@ def export_model(
     cfg, model, metadata = load_for_export(config, weights, opts, stage)
     sources = list(images) or [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
     pixels = find_images(sources, cfg.INPUT.FORMAT, _IMAGES)
+    shown: Iterable[np.ndarray] = ()
+    if quantize is not None:
+        check_quantizable(output, quantize)
+        if quantize == "int8":
+            shown = CalibrationImages(cfg, list(calibration) or cfg.DATASETS.TRAIN)
     logger.info("%-11s %s, stage %s", "Export", kind, stage)
     try:
         with atomic_write(output) as temporary:
-            write_exported(DenseModel(model, stage).eval(), metadata, temporary)
-            parity = _check(temporary, model, metadata, pixels, output)
+            exact = temporary
+            if quantize is not None:
+                exact = temporary.with_name(f"float32{output.suffix}")
+            write_exported(DenseModel(model, stage).eval(), metadata, exact)
+            parity = _check(exact, model, metadata, pixels, output)
+            if quantize is not None:
+                logger.info("%-11s %s", "Quantize", quantize)
+                metadata = write_quantized(exact, temporary, quantize, shown)
             if kind == "openvino":  # its weights first: the .xml is what a reader looks for
                 with atomic_write(output.with_suffix(".bin")) as weights_file:
                     os.replace(temporary.with_suffix(".bin"), weights_file)
@@ -96,38 +118,28 @@ def export_model(
             _copy_standalone(output.parent)
     except OSError as error:
         raise ConfigError(f"cannot write {output}: {error.strerror or error}") from None
-    return Exported(output, metadata, parity)
+    loss = None
+    if quantize is not None and stage == "nms":
+        loss = _ap_loss(output, cfg, model)
+    return Exported(output, metadata, parity, loss)
 
 
-def load_for_export(
-    config: str | os.PathLike | CfgNode,
-    weights: str | os.PathLike,
-    opts: Sequence[str] = (),
-    stage: str = "nms",
-) -> tuple[CfgNode, FocalRetinaNet, Metadata]:
-    """The config, the model on the CPU in float32, and the metadata of its file.
-
-    Raises:
-        ConfigError: see :func:`export_model`.
-    """
-    # What changes how a machine computes, not what: a compiled model cannot be traced.
-    here = ["MODEL.COMPILE", "False", "MODEL.CHANNELS_LAST", "False"]
-    cfg = prediction_cfg(config, weights, device="cpu", opts=[*opts, *here])
-    if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
-        raise ConfigError(f"INPUT.FORMAT {cfg.INPUT.FORMAT}: only BGR and RGB can be exported")
-    if cfg.TEST.AUG.ENABLED:
-        logger.warning("TEST.AUG.ENABLED: the file detects in one view; call it for each view")
-    model, (names, category_ids) = load_model(cfg)
-    dense = DenseModel(cast(FocalRetinaNet, model), stage)  # it checks
-    metadata = describe_model(
-        cfg,
-        model.state_dict(),
-        stage=stage,
-        class_names=names,
-        category_ids=category_ids,
-        divisibility=dense.divisibility,
-    )
-    return cfg, cast(FocalRetinaNet, model), metadata
+def _ap_loss(output: Path, cfg: CfgNode, model: FocalRetinaNet) -> ApComparison | None:
+    """AP of a quantized file beside the model's, as far as ``DATASETS.TEST`` is here."""
+    measures = "`retina check` measures it on any dataset"
+    if not cfg.DATASETS.TEST:
+        logger.warning("DATASETS.TEST is empty, so the AP was not measured: %s", measures)
+        return None
+    exported = load_exported(output, threads=torch.get_num_threads())
+    try:
+        found = compare_ap(cfg, model, exported, cfg.DATASETS.TEST[0], images=_AP_IMAGES)
+    except ConfigError as error:
+        logger.warning("the AP was not measured: %s; %s", error, measures)
+        return None
+    logger.info("%d images of %s", found.images, found.dataset)
+    for line in found.table().splitlines():
+        logger.info(line)
+    return found
 
 
 def report_path(output: str | os.PathLike) -> Path:

@@ -26,7 +26,7 @@ from .metadata import METADATA_KEY, Metadata
 from .optional import optional
 from .runtime import format_of, load_exported
 
-__all__ = ["METHODS", "CalibrationImages", "quantize"]
+__all__ = ["METHODS", "CalibrationImages", "check_quantizable", "quantize"]
 
 METHODS = ("int8", "fp16")
 
@@ -126,11 +126,9 @@ def quantize(
         ConfigError: the file is of another format or quantized already; the format's library is not
             installed; there are no images; ``output`` cannot be written.
     """
-    check_choice("--quantize", method, METHODS)
     path, output = Path(path), Path(output)
+    check_quantizable(path, method)
     kind = format_of(path)
-    if kind == "pt2":
-        raise ConfigError(f"{path}: a .pt2 file cannot be quantized: export it as .onnx or .xml")
     if format_of(output) != kind:
         raise ConfigError(f"{output}: quantizing does not change the format, {path.suffix}")
     metadata = load_exported(path).metadata
@@ -152,6 +150,16 @@ def quantize(
     except OSError as error:
         raise ConfigError(f"cannot write {output}: {error.strerror or error}") from None
     return metadata
+
+
+def check_quantizable(path: str | os.PathLike, method: str) -> None:
+    """
+    Raises:
+        ConfigError: the method is unknown, or there is none for the file's format.
+    """
+    check_choice("--quantize", method, METHODS)
+    if format_of(path) == "pt2":
+        raise ConfigError(f"{path}: a .pt2 file cannot be quantized: export it as .onnx or .xml")
 
 
 def _onnx_int8(path: Path, output: Path, metadata: Metadata, images: Iterable[np.ndarray]) -> None:
