@@ -96,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.page is not None:
         web = args.onnxruntime_web
         page = write_page(output, args.page, onnxruntime_web=web, second=args.page_second)
-        print(f"Page        {page}\nSee it      python -m http.server --directory {args.page}")
+        print(f"Page        {page}")
+        print(f"See it      python -m http.server --bind 127.0.0.1 --directory {args.page}")
 
 
 def _with_suffix(output: str, kind: str | None) -> str:

@@ -336,6 +336,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _detect_all(detect: Detector, args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     entries: list[dict[str, Any]] = []
     failed = 0
+    stems = [Path(path).stem for path in args.images]
+    # a name that is a number is its own id, as in COCO (000000000139.jpg)
+    numbers = all(stem.isdecimal() for stem in stems) and len(set(map(int, stems))) == len(stems)
     for number, path in enumerate(args.images, 1):
         try:
             pixels = read_image(path)
@@ -344,10 +347,11 @@ def _detect_all(detect: Detector, args: argparse.Namespace) -> tuple[list[dict[s
             print(f"left out: {error}", file=sys.stderr)
             failed += 1
             continue
+        image_id = int(Path(path).stem) if numbers else number
         print(f"{path}: {len(found)} detections")
         for box, score, name in zip(found.boxes, found.scores, found.class_names):
             print(f"  {name:20} {score:.3f}  {' '.join(f'{x:.1f}' for x in box)}")
-        entries += [{**entry, "file_name": path} for entry in found.to_coco(number)]
+        entries += [{**entry, "file_name": path} for entry in found.to_coco(image_id)]
         if args.draw:
             Path(args.draw).mkdir(parents=True, exist_ok=True)
             target = Path(args.draw, f"{number}_{Path(path).stem}.png")

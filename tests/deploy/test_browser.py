@@ -160,6 +160,25 @@ def test_filters_change_the_boxes_and_the_download(browser, server, predictor, p
     assert number_of_boxes(browser) == len(found)
 
 
+def test_pictures_can_be_dropped_and_pasted(browser, server):
+    browser.open(server.address)
+    browser.wait_for(READY)
+    for event, name in (("drop", "dropped.png"), ("paste", "pasted.png")):
+        browser.evaluate(
+            """(async () => {
+                const canvas = new OffscreenCanvas(120, 80);
+                canvas.getContext("2d").fillRect(20, 20, 50, 50);
+                const data = new DataTransfer();
+                data.items.add(new File([await canvas.convertToBlob()], "NAME"));
+                document.dispatchEvent("EVENT" === "drop"
+                    ? new DragEvent("drop", {dataTransfer: data, cancelable: true})
+                    : new ClipboardEvent("paste", {clipboardData: data}));
+            })()""".replace("NAME", name).replace("EVENT", event)
+        )
+        browser.wait_for(f"document.querySelector('canvas')?.ariaLabel === '{name}' && {DONE}")
+        assert browser.evaluate("document.querySelector('canvas').width") == 120
+
+
 def test_second_model_stands_beside_the_first(browser, server, photos, tmp_path):
     browser.open(server.address)
     browser.wait_for(READY)
@@ -246,7 +265,7 @@ def test_nothing_leaves_the_origin(browser, server, photos, tmp_path):
 
 def test_page_without_a_server_says_so(browser, site):
     browser.open((site / "index.html").as_uri())
-    visible = "getComputedStyle(document.querySelector('#unserved')).visibility === 'visible'"
+    visible = "document.querySelector('#unserved').checkVisibility({visibilityProperty: true})"
     browser.wait_for(visible, seconds=10)
     text = browser.evaluate("document.querySelector('#unserved').innerText")
     assert "python -m http.server" in text

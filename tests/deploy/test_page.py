@@ -61,7 +61,7 @@ def test_every_file_that_is_asked_for_is_there(static):
     names = {file.name for file in static.iterdir()} | set(RUNTIME) | {"models.json"}
     for file in static.glob("*.js"):
         text = file.read_text()
-        asked = re.findall(r'from "\./([^"]+)"|new URL\("([^"]+)"|fetchOk\("([^"]+)"\)', text)
+        asked = re.findall(r'from "\./([^"]+)"|new URL\("([^"]+)"|fetchFile\("([^"]+)"\)', text)
         assert {name for group in asked for name in group if name} <= names, file.name
     for _, attributes in _Tags((static / "index.html").read_text()).tags:
         for key in ("src", "href"):

@@ -1,4 +1,4 @@
-// Calls of the worker, which decodes images and runs models.
+// The page's files, and calls of the worker, which decodes images and runs models.
 
 // A worker of a blob has this page's Content-Security-Policy; one of a file would have none.
 const source = `import "${new URL("worker.js", import.meta.url)}";`;
@@ -31,4 +31,26 @@ export function ask(task, options, transfer = []) {
     waiting.set(number, { resolve, reject });
     worker.postMessage({ id: number, task, ...options }, transfer);
   });
+}
+
+/** A response with a file of the page's folder. */
+export async function fetchFile(name) {
+  const response = await fetch(name);
+  if (!response.ok) throw new Error(`${name}: ${response.status} ${response.statusText}`);
+  return response;
+}
+
+/** The bytes of a file. `report` is called with their number and, if known, share of all so far. */
+export async function download(name, report) {
+  const response = await fetchFile(name);
+  const total = Number(response.headers.get("content-length"));
+  const parts = [];
+  let size = 0;
+  const reader = response.body.getReader();
+  for (let part; !(part = await reader.read()).done; ) {
+    parts.push(part.value);
+    size += part.value.length;
+    report(size, total ? size / total : 0);
+  }
+  return new Uint8Array(await new Blob(parts).arrayBuffer());
 }

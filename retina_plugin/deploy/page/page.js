@@ -1,6 +1,6 @@
 // What a user sees. Models run in worker.js.
 
-import { ask } from "./client.js";
+import { ask, download, fetchFile } from "./client.js";
 import { toCoco } from "./model.js";
 
 const $ = (selector) => document.querySelector(selector);
@@ -18,10 +18,16 @@ async function start() {
   main.hidden = false;
   main.classList.add("empty");
   try {
-    const list = await (await fetchOk("models.json")).json();
+    const list = await (await fetchFile("models.json")).json();
     for (const [i, { file, name }] of list.entries()) {
       const what = list.length > 1 ? `model ${i + 1} of ${list.length}` : "the model";
-      await addModel(name, await download(file, what));
+      const bytes = await download(file, (size, share) => {
+        if (share) $("#loading").value = share;
+        status(`Loading ${what}: ${(size / 1e6).toFixed(1)} MB`);
+      });
+      $("#loading").removeAttribute("value");
+      status(`Preparing ${what}…`);
+      await addModel(name, bytes);
     }
     status("");
   } catch (error) {
@@ -29,29 +35,6 @@ async function start() {
     status("Drop a model, a file of retina export, to begin");
   }
   $("#loading").hidden = true;
-}
-
-async function fetchOk(file) {
-  const response = await fetch(file);
-  if (!response.ok) throw new Error(`${file}: ${response.status} ${response.statusText}`);
-  return response;
-}
-
-async function download(file, what) {
-  const response = await fetchOk(file);
-  const total = Number(response.headers.get("content-length"));
-  const parts = [];
-  let size = 0;
-  const reader = response.body.getReader();
-  for (let part; !(part = await reader.read()).done; ) {
-    parts.push(part.value);
-    size += part.value.length;
-    if (total) $("#loading").value = size / total;
-    status(`Loading ${what}: ${(size / 1e6).toFixed(1)} MB`);
-  }
-  $("#loading").removeAttribute("value");
-  status(`Preparing ${what}…`);
-  return new Uint8Array(await new Blob(parts).arrayBuffer());
 }
 
 async function addModel(name, bytes) {
