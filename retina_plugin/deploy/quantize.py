@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import logging
 import os
 import tempfile
@@ -256,10 +257,11 @@ def _save_openvino(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the libraries write to Python's root logger and to the screen."""
+    """Without the hints of the libraries, and without their progress bars."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logging.disable(before)
