@@ -48,6 +48,7 @@ coverage: setup ## which lines of the package the tests run
 docs: setup ## write the generated pages of docs/ from the code and the tests
 	$(RUN) docs/make_configuration.py
 	$(RUN) docs/make_models.py
+	$(RUN) docs/make_deployment.py
 	$(RUN) docs/make_reliability.py
 
 lock: setup ## renew requirements/lock.txt with the newest versions

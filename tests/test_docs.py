@@ -260,7 +260,7 @@ def test_links_lead_somewhere():
                 assert (path.parent / target).exists(), f"{page}: {target}"
 
 
-@pytest.mark.parametrize("name", ["configuration", "models", "reliability"])
+@pytest.mark.parametrize("name", ["configuration", "deployment", "models", "reliability"])
 def test_page_is_generated(name):
     page = runpy.run_path(str(ROOT / "docs" / f"make_{name}.py"))["page"]()
     assert (ROOT / "docs" / f"{name}.md").read_text() == page, "run `make docs`"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import logging
 import os
 import tempfile
@@ -134,6 +135,8 @@ def quantize(
     metadata = load_exported(path).metadata
     if metadata.quantized:
         raise ConfigError(f"{path} is quantized already ({metadata.quantized})")
+    if method == "int8" and next(iter(images), None) is None:
+        raise ConfigError("there are no images to calibrate with: int8 needs some")
     metadata = dataclasses.replace(metadata, quantized=method)
     write = {
         ("onnx", "int8"): _onnx_int8,
@@ -223,6 +226,7 @@ def _openvino_int8(
     openvino: Any = optional("openvino", purpose)
     nncf: Any = optional("nncf", purpose)
     advanced: Any = optional("nncf.quantization.advanced_parameters", purpose)
+    ranges: Any = optional("nncf.quantization.range_estimator", purpose)
     nncf.set_log_level(logging.ERROR)
     model = openvino.Core().read_model(path)
     with _quiet():
@@ -232,7 +236,11 @@ def _openvino_int8(
             subset_size=_IMAGES,
             ignored_scope=nncf.IgnoredScope(names=outside_network(model), validate=False),
             advanced_parameters=advanced.AdvancedQuantizationParameters(
-                overflow_fix=advanced.OverflowFix.ENABLE  # 7 bits, see `quantize`
+                overflow_fix=advanced.OverflowFix.ENABLE,  # 7 bits, see `quantize`
+                # NNCF's defaults, the mean of the ranges of the images and a correction of biases,
+                # cost .5 AP on the embedded digits; these cost .1.
+                activations_range_estimator_params=ranges.RangeEstimatorParametersSet.MINMAX,
+                disable_bias_correction=True,
             ),
         )
     _save_openvino(openvino, model, output, metadata, compress=False)
@@ -257,10 +265,11 @@ def _save_openvino(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the libraries write to Python's root logger and to the screen."""
+    """Without the hints of the libraries, and without their progress bars."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logging.disable(before)
