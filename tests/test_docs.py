@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -28,7 +29,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from benchmarks import command as benchmarks
-from retina_plugin.cli import COMMANDS, predict
+from retina_plugin.cli import COMMANDS
 from retina_plugin.cli import main as retina
 from retina_plugin.engine import argument_parser, check_config, setup_cfg
 from retina_plugin.losses import BOX_LOSS_REGISTRY, CLS_LOSS_REGISTRY
@@ -37,6 +38,13 @@ from retina_plugin.weights.public_models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+DEMO = "--config-file quick/digits_R18.yaml --weights output/digits_R18/model_final.pth"
+SHIPPED = [
+    f"retina export {DEMO} --output digits.onnx",
+    f"retina check digits.onnx {DEMO}",
+    "python standalone.py digits.onnx street.jpg --score 0.5 --draw drawn",
+]
 
 # Commands that are only parsed, and why. Everything else is run.
 PARSED_ONLY = {
@@ -47,6 +55,7 @@ PARSED_ONLY = {
     "make coverage": "is this, slower",
     "make help": "needs no test of its own",
     "retina predict --model torchvision/retinanet_resnet50_fpn_v2 street.jpg": "the network",
+    **dict.fromkeys(SHIPPED, "test_readme_ships runs it"),
     "python train_net.py --config-file configs/retina_R101_800.yaml --num-gpus 8": "COCO, 8 GPUs",
     "python train_net.py --config-file configs/retina_R101_800.yaml --eval-only MODEL.WEIGHTS "
     "model.pth DATASETS.TEST \"('coco_2017_test-dev',)\"": "COCO",
@@ -172,6 +181,8 @@ def try_command(command):
     elif words[:2] == ["python", "-m"] and words[2] == "benchmarks":
         assert command in PARSED_ONLY
         benchmarks.argument_parser().parse_args(words[3:])
+    elif words[:2] == ["python", "standalone.py"]:
+        assert command in PARSED_ONLY
     elif words[:2] == ["python", "-m"]:
         dry = [] if "--dry-run" in words else ["--dry-run"]
         assert not dry or command in PARSED_ONLY
@@ -179,7 +190,9 @@ def try_command(command):
     else:
         assert words[0] == "retina" and words[1] in COMMANDS
         if command in PARSED_ONLY:
-            assert predict.argument_parser().parse_args(words[2:]).model in MODELS
+            module = importlib.import_module(f"retina_plugin.cli.{words[1]}")
+            args = module.argument_parser().parse_args(words[2:])
+            assert args.model is None or args.model in MODELS
         else:
             retina(words[1:])
 
@@ -209,6 +222,16 @@ def test_page(page, folder, capsys):
             else:
                 run_python(text)
     assert tried == (ROOT / page).read_text().count("```") / 2
+
+
+@pytest.mark.slow
+def test_readme_ships(folder, capsys):
+    """Its export, check and standalone commands, in their order."""
+    for command in SHIPPED[:2]:
+        retina(shlex.split(command)[1:])
+    assert "difference" in capsys.readouterr().out
+    subprocess.run([sys.executable, *shlex.split(SHIPPED[2])[1:]], check=True)
+    assert Path("drawn", "street.jpg").is_file()
 
 
 def test_parsed_commands_are_still_there():
