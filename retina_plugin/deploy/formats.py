@@ -93,7 +93,8 @@ def write_exported(dense: DenseModel, metadata: Metadata, output: str | os.PathL
         with tempfile.TemporaryDirectory() as folder:
             onnx_file = Path(folder) / "model.onnx"
             _write_onnx(program, metadata, dense.output_names, onnx_file)
-            model = openvino.convert_model(onnx_file)
+            # not convert_model, which may send usage statistics
+            model = openvino.Core().read_model(onnx_file)
             for key in list(model.rt_info):  # it holds the name of the temporary file
                 del model.rt_info[key]
             model.set_rt_info(metadata.to_json(), METADATA_KEY)
