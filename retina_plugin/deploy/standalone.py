@@ -20,6 +20,7 @@ Sizes, channel order, class names and thresholds are read from the model's file.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -336,6 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _detect_all(detect: Detector, args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     entries: list[dict[str, Any]] = []
     failed = 0
+    taken: set[str] = set()
     stems = [Path(path).stem for path in args.images]
     # a name that is a number is its own id, as in COCO (000000000139.jpg)
     numbers = all(stem.isdecimal() for stem in stems) and len(set(map(int, stems))) == len(stems)
@@ -354,9 +356,17 @@ def _detect_all(detect: Detector, args: argparse.Namespace) -> tuple[list[dict[s
         entries += [{**entry, "file_name": path} for entry in found.to_coco(image_id)]
         if args.draw:
             Path(args.draw).mkdir(parents=True, exist_ok=True)
-            target = Path(args.draw, f"{number}_{Path(path).stem}.png")
+            target = Path(args.draw, f"{_unused(Path(path).stem, taken)}.png")
             draw(Image.fromarray(pixels), found).save(target)
     return entries, failed
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """``name``, or ``name_2``, ... if it is taken; lower case, as some file systems compare."""
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    free = next(n for n in names if n.lower() not in taken)
+    taken.add(free.lower())
+    return free
 
 
 if __name__ == "__main__":

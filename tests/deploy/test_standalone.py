@@ -77,9 +77,23 @@ def test_command_runs_alone_without_torch(repo, tmp_path, image):
     assert done.stdout.startswith("image.png: 2 detections\n  кошка")
     entries = json.loads((tmp_path / "found.json").read_text("utf-8"))
     assert [e["category_id"] for e in entries] == [7, 8]
-    drawn = Image.open(tmp_path / "drawn" / "1_image.png")
+    drawn = Image.open(tmp_path / "drawn" / "image.png")
     assert drawn.size == (100, 50)
     assert (np.asarray(drawn) != np.asarray(Image.open(image))).any()
+
+
+def test_drawn_images_have_the_names_of_the_inputs(tmp_path, image):
+    """A number only tells apart those that share a name."""
+    write_echo(tmp_path / "model.onnx")
+    for name in ("other/image.png", "other/IMAGE.jpg", "other/image_2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.open(image).save(tmp_path / name)
+    images = [str(image), *map(str, sorted((tmp_path / "other").iterdir())), str(image)]
+    with pytest.raises(SystemExit) as status:
+        standalone.main([str(tmp_path / "model.onnx"), *images, "--draw", str(tmp_path / "drawn")])
+    assert status.value.code == 0
+    names = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    assert names == ["IMAGE_2.png", "image.png", "image_2_2.png", "image_3.png", "image_4.png"]
 
 
 @pytest.mark.parametrize("old, new", sizes(40))
