@@ -148,9 +148,11 @@ def torchvision(model: nn.Module, image: Tensor, folder: Path) -> Formats:
             found = self.model([image])[0]
             return tuple(found[name] for name in order)
 
+    flat = Flat().eval()  # an exporter leaves the model in the mode of what wraps it
+
     def program() -> tuple[Run, int]:
         sizes = {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
-        exported = torch.export.export(Flat(), (image,), dynamic_shapes={"image": sizes})
+        exported = torch.export.export(flat, (image,), dynamic_shapes={"image": sizes})
         path = folder / "torchvision.pt2"
         torch.export.save(exported, path)
         run = exported.module()
@@ -158,7 +160,7 @@ def torchvision(model: nn.Module, image: Tensor, folder: Path) -> Formats:
 
     formats.add("pt2 (torch.export)", program)
     for title, dynamo in (("onnx (TorchScript)", False), ("onnx (torch.export)", True)):
-        formats.add(title, lambda dynamo=dynamo: _onnx(Flat(), image, dynamo, folder, (0, 1, 2)))  # type: ignore[misc]
+        formats.add(title, lambda dynamo=dynamo: _onnx(flat, image, dynamo, folder, (0, 1, 2)))  # type: ignore[misc]
     return formats
 
 
@@ -254,8 +256,11 @@ def _onnx(
     import onnxruntime
 
     path = folder / f"peer_{dynamo}.onnx"
+    free: Any = ({1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC},)
+    if isinstance(module, TracingAdapter):
+        free = (free,)  # it takes *args
     sizes: dict[str, Any] = (
-        {"dynamic_shapes": ({1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC},)}
+        {"dynamic_shapes": free}
         if dynamo
         else {"dynamic_axes": {"image": {1: "height", 2: "width"}}}
     )
