@@ -31,7 +31,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from benchmarks import command as benchmarks
 from retina_plugin.cli import COMMANDS
 from retina_plugin.cli import main as retina
+from retina_plugin.deploy.page import fetch_onnxruntime_web
 from retina_plugin.engine import argument_parser, check_config, setup_cfg
+from retina_plugin.errors import ConfigError
 from retina_plugin.losses import BOX_LOSS_REGISTRY, CLS_LOSS_REGISTRY
 from retina_plugin.predict.video import VideoWriter
 from retina_plugin.weights.public_models import MODELS
@@ -40,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 
 DEMO = "--config-file quick/digits_R18.yaml --weights output/digits_R18/model_final.pth"
+DEPLOYMENT = "docs/deployment.md"  # its commands export: they are parsed, a slow test runs them
 SHIPPED = [
     f"retina export {DEMO} --output digits.onnx",
     f"retina check digits.onnx {DEMO}",
@@ -65,6 +68,7 @@ PARSED_ONLY = {
     "configs/retina_R101_800.yaml": "COCO, 8 GPUs",
     "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint node0:29500 "
     "--max-restarts 3 train_net.py --resume --config-file configs/retina_R101_800.yaml": "machines",
+    "python -m http.server --bind 127.0.0.1 --directory site": "serves until it is stopped",
     "python -m benchmarks": "takes minutes",
     "python -m benchmarks --stage loss --device cuda": "a GPU",
     "python -m reproduction.reproduce 1b --scale paper": "COCO, GPUs",
@@ -164,8 +168,8 @@ def run_python(text):
     return printed.getvalue()
 
 
-def try_command(command):
-    """Run a command, or parse it if it is in PARSED_ONLY."""
+def try_command(command, run=True):
+    """Run a command, or parse it if it is in PARSED_ONLY or ``run`` is false."""
     words = shlex.split(command)
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -181,15 +185,15 @@ def try_command(command):
     elif words[:2] == ["python", "-m"] and words[2] == "benchmarks":
         assert command in PARSED_ONLY
         benchmarks.argument_parser().parse_args(words[3:])
-    elif words[:2] == ["python", "standalone.py"]:
-        assert command in PARSED_ONLY
+    elif words[:2] == ["python", "standalone.py"] or words[2:3] == ["http.server"]:
+        assert command in PARSED_ONLY or not run
     elif words[:2] == ["python", "-m"]:
         dry = [] if "--dry-run" in words else ["--dry-run"]
         assert not dry or command in PARSED_ONLY
         importlib.import_module(words[2]).main([*words[3:], *dry])
     else:
         assert words[0] == "retina" and words[1] in COMMANDS
-        if command in PARSED_ONLY:
+        if command in PARSED_ONLY or not run:
             module = importlib.import_module(f"retina_plugin.cli.{words[1]}")
             args = module.argument_parser().parse_args(words[2:])
             assert args.model is None or args.model in MODELS
@@ -200,6 +204,7 @@ def try_command(command):
 @pytest.mark.parametrize("page", PAGES)
 def test_page(page, folder, capsys):
     tried = 0
+    run = page != DEPLOYMENT
     if "net.pth" in (ROOT / page).read_text():
         _write_torchvision_weights()
     for language, text, file in blocks((ROOT / page).read_text()):
@@ -208,7 +213,7 @@ def test_page(page, folder, capsys):
             for line in text.splitlines():
                 command = line.split(" #")[0].strip()
                 if command:
-                    try_command(command)
+                    try_command(command, run)
         elif language == "yaml":
             path = Path(file or "block.yaml")
             path.write_text(text)
@@ -219,6 +224,8 @@ def test_page(page, folder, capsys):
             assert language == "python", f"{page}: a block without a language that is tried"
             if file:
                 Path(file).write_text(text)  # a YAML imports it
+            elif not run:
+                compile(text, page, "exec")
             else:
                 run_python(text)
     assert tried == (ROOT / page).read_text().count("```") / 2
@@ -231,7 +238,32 @@ def test_readme_ships(folder, capsys):
         retina(shlex.split(command)[1:])
     assert "difference" in capsys.readouterr().out
     subprocess.run([sys.executable, *shlex.split(SHIPPED[2])[1:]], check=True)
-    assert list(Path("drawn").glob("*street.png"))
+    assert Path("drawn", "street.png").is_file()
+
+
+@pytest.mark.slow
+def test_deployment_page(folder, capsys):
+    """Its commands and programs in their order, each program in a process of its own."""
+    pytest.importorskip("openvino")
+    try:
+        fetch_onnxruntime_web()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    for language, text, _ in blocks((ROOT / DEPLOYMENT).read_text()):
+        if language == "python":
+            command = ["-c", text]
+        else:
+            for line in text.splitlines():
+                words = shlex.split(line)
+                if words[0] == "retina":
+                    retina(words[1:])
+            command = words[1:] if words[1] == "standalone.py" else []
+        if command:
+            done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+            assert done.returncode == 0, (command, done.stderr)
+    assert "difference" in capsys.readouterr().out
+    for file in ("check.json", "found.json", "drawn/street.png", "site/second.onnx"):
+        assert Path(file).is_file()
 
 
 def test_parsed_commands_are_still_there():
