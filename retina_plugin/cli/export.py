@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from retina_plugin.deploy import STAGES, SUFFIXES, export_model
-from retina_plugin.deploy.page import fetch_onnxruntime_web, write_page
+from retina_plugin.deploy.page import check_page, write_page
 from retina_plugin.deploy.quantize import METHODS
 from retina_plugin.deploy.runtime import format_of
 from retina_plugin.engine.console import console
@@ -89,7 +90,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.page is not None:
         if format_of(output) != "onnx" or args.output_stage != "nms":
             raise ConfigError("--page needs an .onnx of the stage nms")
-        args.onnxruntime_web = args.onnxruntime_web or fetch_onnxruntime_web()  # or fail at once
+        web = {"onnxruntime_web": args.onnxruntime_web, "second": args.page_second}
+        check_page(args.page, **web)  # or fail at once
+    elif args.page_second or args.onnxruntime_web:
+        parser.error("--page-second and --onnxruntime-web are for --page DIR")
     with console(0):
         config, weights = args.config_file, args.weights
         if args.model is not None:
@@ -107,10 +111,10 @@ def main(argv: list[str] | None = None) -> None:
         )
     print(f"Exported    {output}")
     if args.page is not None:
-        web = args.onnxruntime_web
-        page = write_page(output, args.page, onnxruntime_web=web, second=args.page_second)
+        page = write_page(output, args.page, **web)
         print(f"Page        {page}")
-        print(f"See it      python -m http.server --bind 127.0.0.1 --directory {args.page}")
+        folder = shlex.quote(args.page)
+        print(f"See it      python -m http.server --bind 127.0.0.1 --directory {folder}")
 
 
 def _with_suffix(output: str, kind: str | None) -> str:

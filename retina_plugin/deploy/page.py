@@ -18,7 +18,7 @@ from retina_plugin.errors import ConfigError
 
 from .runtime import load_exported
 
-__all__ = ["ONNXRUNTIME_WEB", "fetch_onnxruntime_web", "write_page"]
+__all__ = ["ONNXRUNTIME_WEB", "check_page", "fetch_onnxruntime_web", "write_page"]
 
 # The version that the page was tested with, and the SHA-512 that npm's registry has of its file.
 ONNXRUNTIME_WEB = "1.30.0"
@@ -88,6 +88,25 @@ def write_page(
             f"--page: cannot write {output} ({error.strerror or error}): choose another folder"
         ) from None
     return output / "index.html"
+
+
+def check_page(
+    output: str | os.PathLike,
+    *,
+    onnxruntime_web: str | os.PathLike | None = None,
+    second: str | os.PathLike | None = None,
+) -> None:
+    """Whether :func:`write_page` can do its part, before a model is exported for minutes.
+
+    Raises:
+        ConfigError: as it would, but for the model.
+    """
+    existing = next(path for path in (Path(output), *Path(output).parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"--page: {existing} is a file: choose another folder")
+    if second is not None:
+        _check_model(Path(second))
+    _runtime_files(Path(onnxruntime_web or fetch_onnxruntime_web()))
 
 
 def _check_model(path: Path) -> None:

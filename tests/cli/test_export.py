@@ -55,3 +55,26 @@ def test_model_is_named_once(words, capsys):
         export.main(["--output", "m.onnx", *words.split()])
     error = capsys.readouterr().err.splitlines()[-1]
     assert "give --config-file and --weights, or --model" in error or "brings its weights" in error
+
+
+def test_page_that_cannot_be_written_is_refused_before_the_export(calls, tmp_path):
+    """An export takes minutes."""
+    (tmp_path / "file").write_text("")
+    words = ["--config-file", "a", "--weights", "w", "--output", str(tmp_path / "m.onnx"), "--page"]
+    second, web = str(tmp_path / "second.onnx"), str(tmp_path / "web.tgz")
+    for given, line in [
+        ([str(tmp_path / "file" / "site")], "--page: .*file is a file"),
+        ([str(tmp_path / "site"), "--page-second", second], "second.onnx does not exist"),
+        ([str(tmp_path / "site"), "--onnxruntime-web", web], "web.tgz does not exist"),
+    ]:
+        with pytest.raises(ConfigError, match=line):
+            export.main([*words, *given])
+    assert not calls and not (tmp_path / "site").exists()
+
+
+def test_options_of_a_page_need_one(calls, capsys):
+    words = "--config-file a --weights w --output m.onnx --page-second n.onnx"
+    with pytest.raises(SystemExit):
+        export.main(words.split())
+    assert "--page-second and --onnxruntime-web are for --page DIR" in capsys.readouterr().err
+    assert not calls
