@@ -216,7 +216,7 @@ def _line(row: dict[str, Any]) -> str:
     if row["error"]:
         return f"| {row['format']} | | | | | fails: `{row['error'].replace('|', '/')}` |"
     cells = [
-        "" if row[name] is None else f"{row[name]:{form}}"
+        "" if row[name] is None else f"{round(row[name], 2) + 0.0:{form}}"  # no -0.00
         for name, form in (
             ("megabytes", ".1f"),
             ("milliseconds", ".1f"),
