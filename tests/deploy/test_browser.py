@@ -219,6 +219,17 @@ def test_page_of_two_models_shows_both(browser, exported_onnx, site, photos, tmp
     detect_in(browser, photos[0])
     set_score(browser, 0)
     assert number_of_boxes(browser, 0) > 2 and number_of_boxes(browser, 1) == 2
+    # the second is closed while the first one detects
+    browser.evaluate(
+        """void new MutationObserver((changes, observer) => {
+            if (document.querySelectorAll(".busy").length < 2) return;
+            observer.disconnect();
+            document.querySelectorAll(".close")[1].click();
+        }).observe(document.body, { subtree: true, attributes: true })"""
+    )
+    detect_in(browser, photos[1])
+    assert browser.evaluate("document.querySelectorAll('figure').length") == 1
+    assert browser.evaluate("document.querySelector('#error').hidden")
     server.close()
 
 
@@ -239,6 +250,13 @@ def test_bad_files_are_one_line(browser, server, photos, tmp_path):
         assert error_line(browser).startswith(line)
         browser.evaluate("document.querySelector('#error button').click()")
     detect_in(browser, photos[0])  # it still works
+    assert browser.evaluate("document.querySelector('#error').hidden")
+    # after a picture that cannot be read, the last one is still there for a new model
+    browser.choose_files("#picture", tmp_path / "text.png")
+    assert error_line(browser).startswith("text.png cannot be read")
+    browser.choose_files("#model", write_echo(tmp_path / "echo.onnx"))
+    browser.wait_for("document.querySelectorAll('figure').length === 2")
+    browser.wait_for(f"!document.querySelector('#error').hidden || {DONE}")
     assert browser.evaluate("document.querySelector('#error').hidden")
 
 

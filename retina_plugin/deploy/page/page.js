@@ -101,7 +101,7 @@ async function show(blob) {
     draw(model);
   }
   for (const model of [...models]) {
-    if (turn === asked) await detect(model, turn);
+    if (turn === asked && models.includes(model)) await detect(model, turn); // or it was closed
   }
 }
 

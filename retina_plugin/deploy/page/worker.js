@@ -29,14 +29,14 @@ const tasks = {
 
   /** Decode a picture, which the next detections are made in. */
   async decode({ blob }) {
-    image = null;
-    image = await decode(blob);
-    const pixels = new Uint8ClampedArray(4 * image.width * image.height).fill(255);
-    for (let i = 0, n = image.width * image.height; i < n; i++) {
-      for (let c = 0; c < 3; c++) pixels[4 * i + c] = image.data[3 * i + c];
+    const { width, height, data } = await decode(blob);
+    const pixels = new Uint8ClampedArray(4 * width * height).fill(255);
+    for (let i = 0, n = width * height; i < n; i++) {
+      for (let c = 0; c < 3; c++) pixels[4 * i + c] = data[3 * i + c];
     }
-    const bitmap = await createImageBitmap(new ImageData(pixels, image.width, image.height));
-    return { width: image.width, height: image.height, bitmap };
+    const bitmap = await createImageBitmap(new ImageData(pixels, width, height));
+    image = { width, height, data }; // only now: after one that cannot be read, the last one stays
+    return { width, height, bitmap };
   },
 
   /** Detect in the decoded picture with the model of a key. */
