@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import pickle
 import re
 import runpy
@@ -249,6 +250,7 @@ def test_deployment_page(folder, capsys):
         fetch_onnxruntime_web()
     except ConfigError as error:
         pytest.skip(str(error))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for language, text, _ in blocks((ROOT / DEPLOYMENT).read_text()):
         if language == "python":
             command = ["-c", text]
@@ -259,7 +261,8 @@ def test_deployment_page(folder, capsys):
                     retina(words[1:])
             command = words[1:] if words[1] == "standalone.py" else []
         if command:
-            done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+            words = [sys.executable, *command]
+            done = subprocess.run(words, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, (command, done.stderr)
     assert "difference" in capsys.readouterr().out
     for file in ("check.json", "found.json", "drawn/street.png", "site/second.onnx"):
