@@ -43,7 +43,7 @@ from retina_plugin.deploy.runtime import ExportedModel
 __all__ = ["CASES", "main"]
 
 CASES = {
-    "demo": "demo model, 160 x 160",
+    "demo": "The demo model, 160 x 160",
     "R50": "R50, 400 x 600, random weights",
     "detectron2": "Detectron2's RetinaNet R50, 400 x 600, the same weights",
     "torchvision": "torchvision's RetinaNet R50, 400 x 600, random weights",

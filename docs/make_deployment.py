@@ -215,7 +215,8 @@ def page() -> str:
 
 def _line(row: dict[str, Any]) -> str:
     if row["error"]:
-        return f"| {row['format']} | | | | | fails: `{row['error'].replace('|', '/')}` |"
+        error = row["error"].replace("|", "/").replace("`", "'")
+        return f"| {row['format']} | | | | | fails: `{error}` |"
     cells = [
         "" if row[name] is None else f"{round(row[name], 2) + 0.0:{form}}"  # no -0.00
         for name, form in (
