@@ -44,12 +44,25 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def site(exported_onnx, tmp_path_factory):
-    """The page with the exported model."""
+def program():
+    program = find_browser()
+    if program is None:
+        pytest.skip("no Chromium is here: the page is not tested in a browser")
+    return program
+
+
+@pytest.fixture(scope="module")
+def runtime(program):
+    """The npm package, before a model is exported for it."""
     try:
-        runtime = fetch_onnxruntime_web()
+        return fetch_onnxruntime_web()
     except ConfigError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def site(runtime, exported_onnx, tmp_path_factory):
+    """The page with the exported model."""
     folder = tmp_path_factory.mktemp("site")
     return write_page(exported_onnx[0], folder, onnxruntime_web=runtime).parent
 
@@ -62,10 +75,7 @@ def server(site):
 
 
 @pytest.fixture
-def browser(tmp_path):
-    program = find_browser()
-    if program is None:
-        pytest.skip("no Chromium is here: the page is not tested in a browser")
+def browser(program, tmp_path):
     with Browser(program, tmp_path / "browser") as browser:
         yield browser
 
@@ -210,9 +220,9 @@ def test_second_model_stands_beside_the_first(browser, server, photos, tmp_path)
     assert number_of_boxes(browser) == 1
 
 
-def test_page_of_two_models_shows_both(browser, exported_onnx, site, photos, tmp_path):
+def test_page_of_two_models_shows_both(browser, runtime, exported_onnx, photos, tmp_path):
     echo = write_echo(tmp_path / "echo.onnx")
-    write_page(exported_onnx[0], tmp_path / "site", second=echo)
+    write_page(exported_onnx[0], tmp_path / "site", onnxruntime_web=runtime, second=echo)
     server = Server(tmp_path / "site")
     browser.open(server.address)
     browser.wait_for(READY)
