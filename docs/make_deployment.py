@@ -56,7 +56,7 @@ file, and one line says where it differs.
 
 ```sh
 retina export {demo} --output model_int8.onnx --quantize int8 --page site --page-second model.onnx
-retina check model_int8.onnx {demo} --images 100 --output check.json
+retina check model_int8.onnx {demo} --limit 100 --output check.json
 ```
 
 - `--quantize int8` measures the range of each layer on 100 images of `DATASETS.TRAIN`, or of the
@@ -66,7 +66,7 @@ retina check model_int8.onnx {demo} --images 100 --output check.json
 - A pt2 file cannot be quantized.
 - The export prints the AP that is lost on `DATASETS.TEST`, and `retina check` measures it for any
   file: AP and time of the file and of the model side by side. `--dataset` names another dataset,
-  `--images` takes only the first ones, `--output` writes JSON.
+  `--limit` takes the first images only, `--output` writes JSON.
 
 ## Without PyTorch
 

@@ -29,7 +29,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dataset", metavar="NAME", help="a registered dataset (the first of DATASETS.TEST)"
     )
-    parser.add_argument("--images", type=int, metavar="N", help="its first N images only (all)")
+    parser.add_argument("--limit", type=int, metavar="N", help="its first N images only (all)")
     parser.add_argument("--output", metavar="FILE", help="write the result as JSON")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help=argparse.SUPPRESS)
     return parser
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
             config,
             weights,
             dataset=args.dataset,
-            images=args.images,
+            images=args.limit,
             opts=args.opts,
             output=args.output,
         )

@@ -43,20 +43,20 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--images",
-        nargs="+",
+        action="append",
         default=[],
         metavar="PATH",
-        help="images, folders or datasets to compare with (default: the config's datasets)",
+        help="image, folder or dataset to compare with, may be repeated (the config's datasets)",
     )
     parser.add_argument(
         "--quantize", choices=METHODS, help="write it in 8 or 16 bit, and say what AP that costs"
     )
     parser.add_argument(
         "--calibration",
-        nargs="+",
+        action="append",
         default=[],
         metavar="PATH",
-        help="images, folders or datasets for int8 (default: DATASETS.TRAIN)",
+        help="image, folder or dataset for int8, may be repeated (DATASETS.TRAIN)",
     )
     parser.add_argument(
         "--page", metavar="DIR", help="also write a web page that detects in the browser (onnx)"

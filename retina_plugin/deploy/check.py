@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from tqdm import tqdm
@@ -197,6 +198,7 @@ def compare_ap(
     if images is not None and images < 1:
         raise ConfigError(f"images {images}: give 1 or more")
     records = _records(cfg, dataset)[:images]
+    class_of = _classes_in(dataset, exported.metadata.class_names)
     mapper = DATASET_MAPPER_REGISTRY.build(cfg, False)
     runs: dict[str, Callable[[dict[str, Any]], Instances]] = {
         "model": lambda record: model([record])[0]["instances"],
@@ -221,6 +223,7 @@ def compare_ap(
                 start = time.perf_counter()
                 instances = detect(mapped)
                 times[name].append(1000 * (time.perf_counter() - start))
+                instances.pred_classes = class_of[instances.pred_classes]
                 evaluators[name].process([mapped], [{"instances": instances}])
         for name, evaluator in evaluators.items():
             part = {} if images is None else {"img_ids": ids}
@@ -246,6 +249,25 @@ def _records(cfg: CfgNode, dataset: str) -> list[dict[str, Any]]:
     cfg.DATASETS.TEST = (dataset,)
     raise_errors(check_datasets(cfg, ("TEST",)))
     return dataset_records(dataset)
+
+
+def _classes_in(dataset: str, names: Sequence[str]) -> Tensor:
+    """(K,) place of each of the model's classes among the dataset's.
+
+    Raises:
+        ConfigError: the dataset has other ones.
+    """
+    numbers = [str(k) for k in range(len(names))]  # what stands for names that nobody knows
+    theirs = list(MetadataCatalog.get(dataset).get("thing_classes") or numbers)
+    if list(names) == numbers or theirs == numbers:
+        return torch.arange(len(names))
+    if sorted(theirs) != sorted(names):
+        other = sorted(set(theirs) ^ set(names))[0]
+        raise ConfigError(
+            f"{dataset} has other classes than the model, such as {other}: name a dataset of its "
+            "classes"
+        )
+    return torch.tensor([theirs.index(name) for name in names])
 
 
 def _detect(exported: ExportedModel, model: FocalRetinaNet, record: dict[str, Any]) -> Instances:

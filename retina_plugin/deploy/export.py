@@ -24,6 +24,7 @@ from .formats import check_torch, write_exported
 from .images import find_images
 from .loading import load_for_export
 from .metadata import Metadata
+from .optional import optional
 from .parity import Parity, compare, parity_sizes, table
 from .quantize import CalibrationImages, check_quantizable
 from .quantize import quantize as write_quantized
@@ -92,6 +93,7 @@ def export_model(
     output = Path(output)
     kind = format_of(output)
     _check_output(output, overwrite)
+    _check_packages(kind, quantize)
     cfg, model, metadata = load_for_export(config, weights, opts, stage)
     sources = list(images) or [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
     pixels = find_images(sources, cfg.INPUT.FORMAT, _IMAGES)
@@ -145,6 +147,16 @@ def _ap_loss(output: Path, cfg: CfgNode, model: FocalRetinaNet) -> ApComparison 
 def report_path(output: str | os.PathLike) -> Path:
     """Where the comparison of a file is written: ``model.onnx`` -> ``model.onnx.parity.json``."""
     return Path(f"{os.fspath(output)}.parity.json")
+
+
+def _check_packages(kind: str, method: str | None) -> None:
+    """That what writes, runs and quantizes the file is there, before the long work."""
+    needed = {"pt2": [], "onnx": ["onnx", "onnxscript", "onnxruntime"]}
+    needed["openvino"] = ["onnx", "onnxscript", "openvino"]
+    if kind == "openvino" and method == "int8":
+        needed["openvino"].append("nncf")
+    for module in needed[kind]:
+        optional(module, f"retina export of {kind}")
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

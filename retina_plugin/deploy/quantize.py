@@ -224,7 +224,6 @@ def _openvino_int8(
 ) -> None:
     purpose = "--quantize int8 of an .xml file"
     openvino: Any = optional("openvino", purpose)
-    os.environ.setdefault("NNCF_CI", "1")  # before its import: it sends no usage statistics
     nncf: Any = optional("nncf", purpose)
     advanced: Any = optional("nncf.quantization.advanced_parameters", purpose)
     ranges: Any = optional("nncf.quantization.range_estimator", purpose)

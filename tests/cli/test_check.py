@@ -22,7 +22,7 @@ def calls(monkeypatch):
 
 
 def test_arguments_are_passed_on(calls, capsys):
-    words = "m.onnx --config-file a.yaml --weights w.pth --dataset d --images 9 --output r.json"
+    words = "m.onnx --config-file a.yaml --weights w.pth --dataset d --limit 9 --output r.json"
     check.main([*words.split(), "TEST.DETECTIONS_PER_IMAGE", "9"])
     ((positional, named),) = calls
     assert positional == ("m.onnx", "a.yaml", "w.pth")

@@ -17,7 +17,8 @@ def calls(monkeypatch):
 def test_arguments_are_passed_on(calls, capsys):
     """Overrides of the config may stand anywhere."""
     words = "--config-file a.yaml --weights w.pth --output m.onnx --output-stage boxes --overwrite"
-    export.main([*words.split(), "--images", "x", "y", "--", "TEST.DETECTIONS_PER_IMAGE", "9"])
+    images = ["--images", "x", "--images", "y"]
+    export.main([*words.split(), *images, "TEST.DETECTIONS_PER_IMAGE", "9"])
     ((positional, named),) = calls
     assert positional == ("a.yaml", "w.pth", "m.onnx")
     assert named["stage"] == "boxes" and named["overwrite"] and named["images"] == ["x", "y"]

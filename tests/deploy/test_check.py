@@ -1,15 +1,21 @@
 """AP of a file beside that of the model: a file of another origin is refused."""
 
+import copy
 import dataclasses
 import json
 import math
 from pathlib import Path
 
 import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 
-from retina_plugin.deploy import ExportedModel
+from retina_plugin.data import DATASET_MAPPER_REGISTRY
+from retina_plugin.deploy import DenseModel, ExportedModel
 from retina_plugin.deploy.check import ApComparison, check_file, check_origin, compare_ap
 from retina_plugin.errors import ConfigError
+from tests.deploy.conftest import NAMES
 from tests.deploy.small import write_small
 
 FOUND = ApComparison(
@@ -84,3 +90,74 @@ def test_dataset_that_cannot_be_used_is_named(detector, metadata, dataset, image
     cfg, model = detector()
     with pytest.raises(ConfigError, match=message):
         compare_ap(cfg, model, _file(metadata), dataset, images=images)
+
+
+@pytest.fixture
+def found_by_model(detector, metadata_of, tiny_digits, request):
+    """found_by_model(names): a dataset of classes ``names``, whose truth is what the model finds.
+
+    So the model has an AP. It has no json_file, as a dataset that Python code makes.
+    """
+    cfg, model = detector()
+    mapper = DATASET_MAPPER_REGISTRY.build(cfg, False)
+    records = [dict(record) for record in DatasetCatalog.get("digits_scenes_val")]
+    for record in records:
+        with torch.inference_mode():
+            found = model([mapper(record)])[0]["instances"][:8]
+        record["annotations"] = [
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": int(k), "iscrowd": 0}
+            for box, k in zip(found.pred_boxes.tensor.tolist(), found.pred_classes)
+        ]
+    registered = []
+
+    def register(names):
+        name = f"{request.node.name}_{len(registered)}"
+        order = [names.index(x) for x in NAMES]
+        moved = copy.deepcopy(records)
+        for record in moved:
+            for annotation in record["annotations"]:
+                annotation["category_id"] = order[annotation["category_id"]]
+        DatasetCatalog.register(name, lambda: moved)
+        MetadataCatalog.get(name).set(thing_classes=names, evaluator_type="coco")
+        registered.append(name)
+        return name
+
+    yield register, cfg, model, metadata_of(cfg, model)
+    for name in registered:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def _in_memory(dense, metadata):
+    """A file that is the function that was exported."""
+
+    @torch.no_grad()
+    def run(images):
+        return [x.numpy() for x in dense(torch.from_numpy(images))]
+
+    return ExportedModel(Path("m.onnx"), "onnx", metadata, tuple(dense.output_names), run)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_ap_is_that_of_both_whatever_the_order_of_the_classes(found_by_model, order):
+    """The dataset may have the model's classes in another order."""
+    register, cfg, model, metadata = found_by_model
+    dense = DenseModel(model).eval()
+    found = compare_ap(cfg, model, _in_memory(dense, metadata), register(NAMES[::order]), images=3)
+    assert found.images == 3 and 5 < found.model["AP"] < 100
+    assert found.file == pytest.approx(found.model, nan_ok=True)
+
+
+def test_ap_of_another_model_differs(found_by_model):
+    register, cfg, model, metadata = found_by_model
+    dense = copy.deepcopy(DenseModel(model).eval())
+    dense.head.bbox_pred.bias.data.add_(0.3)
+    found = compare_ap(cfg, model, _in_memory(dense, metadata), register(NAMES))
+    assert found.images == 4 and found.difference["AP"] < -1
+
+
+def test_dataset_of_other_classes_is_refused(found_by_model):
+    register, cfg, model, metadata = found_by_model
+    metadata = dataclasses.replace(metadata, class_names=("cat", *NAMES[1:]))
+    with pytest.raises(ConfigError, match=r"has other classes than the model, such as cat"):
+        compare_ap(cfg, model, _file(metadata), register(NAMES))
