@@ -110,8 +110,10 @@ def folder(tmp_path, monkeypatch, tiny_digits):
     yield tmp_path
     for registry, entries in zip(registries, registered, strict=True):
         registry._obj_map = entries
-    for name in set(sys.modules) - modules:
-        del sys.modules[name]
+    for name in set(sys.modules) - modules:  # but not libraries: onnx aborts at a second import
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and Path(file).resolve().is_relative_to(tmp_path.resolve()):
+            del sys.modules[name]
     for name in set(DatasetCatalog) - datasets:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
