@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 
 from retina_plugin.deploy import STAGES, SUFFIXES, export_model
@@ -86,6 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("give --config-file and --weights, or --model")
     if args.model is not None and args.weights:
         parser.error("--model brings its weights: leave out --weights")
+    if args.calibration and args.quantize != "int8":
+        parser.error("--calibration is for --quantize int8")
     output = _with_suffix(args.output, args.format)
     if args.page is not None:
         if format_of(output) != "onnx" or args.output_stage != "nms":
@@ -121,8 +124,10 @@ def _with_suffix(output: str, kind: str | None) -> str:
     """``--output`` with the ending of ``--format``.
 
     Raises:
-        ConfigError: the file's own ending says another format.
+        ConfigError: it is a folder, or its own ending says another format.
     """
+    if output.endswith("/") or os.path.isdir(output):
+        raise ConfigError(f"--output {output} is a folder: name a file")
     if kind is None or output.lower().endswith(SUFFIXES[kind]):
         return output
     for other, suffix in SUFFIXES.items():

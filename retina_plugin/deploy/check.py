@@ -225,6 +225,8 @@ def compare_ap(
                 times[name].append(1000 * (time.perf_counter() - start))
                 instances.pred_classes = class_of[instances.pred_classes]
                 evaluators[name].process([mapped], [{"instances": instances}])
+        if not ids:
+            raise ConfigError(f"no image of {dataset} can be used: the lines above say why")
         for name, evaluator in evaluators.items():
             part = {} if images is None else {"img_ids": ids}
             metrics[name] = _overall(evaluator.evaluate(**part), dataset)

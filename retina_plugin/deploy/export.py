@@ -160,10 +160,14 @@ def _check_packages(kind: str, method: str | None) -> None:
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
-        raise ConfigError(f"{output} is there already: --overwrite replaces it")
-    if output.is_dir():
-        raise ConfigError(f"{output} is a folder: name a file")
+    files = [output]
+    if format_of(output) == "openvino":
+        files.append(output.with_suffix(".bin"))
+    for file in files:
+        if file.is_dir():
+            raise ConfigError(f"{file} is a folder: name a file")
+        if file.exists() and not overwrite:
+            raise ConfigError(f"{file} is there already: --overwrite replaces it")
 
 
 def _copy_standalone(folder: Path) -> None:

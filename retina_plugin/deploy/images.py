@@ -27,7 +27,11 @@ def find_images(sources: Sequence[str], image_format: str, count: int) -> list[n
     Raises:
         ConfigError: there is no image that can be read.
     """
-    readable = _readable(image_files(sources), image_format)
+    try:
+        files = image_files(sources)
+    except ConfigError as error:
+        raise ConfigError(f"{error}: name a folder of images by --images") from None
+    readable = _readable(files, image_format)
     images = list(itertools.islice(readable, count))
     if not images:
         raise ConfigError(f"no image of {', '.join(sources)} can be read: name others by --images")
@@ -60,7 +64,7 @@ def image_files(sources: Sequence[str]) -> list[str]:
             raise ConfigError(f"{source} is no image, folder or dataset{hint}")
     if not files:
         why = "; ".join(missing) or f"{', '.join(sources) or 'no source'} has none"
-        raise ConfigError(f"there are no images: {why}. Name a folder of images by --images")
+        raise ConfigError(f"there are no images: {why}")
     return files
 
 

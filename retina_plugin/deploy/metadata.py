@@ -143,7 +143,10 @@ def config_digest(cfg: CfgNode) -> str:
     cfg.defrost()
     for key in ("WEIGHTS", "DEVICE", "COMPILE", "CHANNELS_LAST", "ACTIVATION_CHECKPOINTING"):
         cfg.MODEL.pop(key, None)
-    inputs = {key: cfg.INPUT[key] for key in ("FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST", "RESIZE")}
+    inputs = {
+        key: cfg.INPUT[key]
+        for key in ("FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST", "RESIZE", "MAPPER")
+    }
     relevant = [_plain(cfg.MODEL), inputs, cfg.TEST.DETECTIONS_PER_IMAGE, cfg.TEST.MERGE]
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()
 

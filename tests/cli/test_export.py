@@ -79,3 +79,10 @@ def test_options_of_a_page_need_one(calls, capsys):
         export.main(words.split())
     assert "--page-second and --onnxruntime-web are for --page DIR" in capsys.readouterr().err
     assert not calls
+
+
+def test_folder_is_no_output(calls, tmp_path):
+    for output in (str(tmp_path), "new/"):
+        with pytest.raises(ConfigError, match="is a folder: name a file"):
+            export.main(["--config-file", "a", "--weights", "w", "--output", output])
+    assert not calls

@@ -77,13 +77,20 @@ def test_inputs_are_checked_before_the_long_work(detector, weights, photos, tmp_
         assert "\n" not in str(error.value)
 
     fails(r"model.pth: an exported model ends in .onnx", "model.pth")
-    fails(r"there are no images: coco_2017_train .*Name a folder .* by --images", images=())
+    fails(r"there are no images: coco_2017_train .*: name a folder .* by --images", images=())
     fails(r"phtos is no image, folder or dataset", images=["phtos"])
     fails(r"did you mean 'coco_2017_val", images=["coco_2017_vall"])
     fails(r"notes.txt can be read: name others", images=[str(photos / "notes.txt")])
     fails(r"INPUT.FORMAT YUV-BT.601: only BGR and RGB", opts=["INPUT.FORMAT", "YUV-BT.601"])
     fails(r"missing.pth", weights=tmp_path / "missing.pth")
     (tmp_path / "folder.onnx").mkdir()
-    fails(r"folder.onnx is there already|is a folder", "folder.onnx")
+    fails(r"folder.onnx is a folder", "folder.onnx")
+    (tmp_path / "model.bin").write_bytes(b"of another model")
+    fails(r"model.bin is there already: --overwrite", "model.xml")
     fails(r"cannot write .*photos/b.png/model.onnx: File exists", "photos/b.png/model.onnx")
-    assert {x.name for x in tmp_path.iterdir()} == {"weights.pth", "photos", "folder.onnx"}
+    assert {x.name for x in tmp_path.iterdir()} == {
+        "weights.pth",
+        "photos",
+        "folder.onnx",
+        "model.bin",
+    }
