@@ -6,7 +6,8 @@ import argparse
 
 from retina_plugin.deploy.check import check_file
 from retina_plugin.engine.console import console
-from retina_plugin.weights.public_models import prepare_model
+
+from .model import add_model_arguments, check_model_arguments, config_and_weights
 
 __all__ = ["argument_parser", "main"]
 
@@ -21,11 +22,7 @@ def argument_parser() -> argparse.ArgumentParser:
         epilog="KEY VALUE pairs override the config: those that the file was exported with.",
     )
     parser.add_argument("file", metavar="FILE", help=".onnx, .pt2 or .xml of retina export")
-    parser.add_argument(
-        "--config-file", metavar="FILE", help="a file or one of the paper's configs"
-    )
-    parser.add_argument("--weights", default="", metavar="FILE", help="(MODEL.WEIGHTS)")
-    parser.add_argument("--model", metavar="NAME", help="a public model, instead of both")
+    add_model_arguments(parser)
     parser.add_argument(
         "--dataset", metavar="NAME", help="a registered dataset (the first of DATASETS.TEST)"
     )
@@ -43,14 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argument_parser()
     args = parser.parse_intermixed_args(argv)
-    if (args.model is None) == (args.config_file is None):
-        parser.error("give --config-file and --weights, or --model")
-    if args.model is not None and args.weights:
-        parser.error("--model brings its weights: leave out --weights")
+    check_model_arguments(parser, args)
     with console(0):
-        config, weights = args.config_file, args.weights
-        if args.model is not None:
-            config, weights = prepare_model(args.model)
+        config, weights = config_and_weights(args)
         found = check_file(
             args.file,
             config,

@@ -12,7 +12,8 @@ from retina_plugin.deploy.quantize import METHODS
 from retina_plugin.deploy.runtime import format_of
 from retina_plugin.engine.console import console
 from retina_plugin.errors import ConfigError
-from retina_plugin.weights.public_models import prepare_model
+
+from .model import add_model_arguments, check_model_arguments, config_and_weights
 
 __all__ = ["argument_parser", "main"]
 
@@ -27,11 +28,7 @@ def argument_parser() -> argparse.ArgumentParser:
         epilog="KEY VALUE pairs, such as MODEL.RETINANET.SCORE_THRESH_TEST 0.3, override the "
         "config.",
     )
-    parser.add_argument(
-        "--config-file", metavar="FILE", help="a file or one of the paper's configs"
-    )
-    parser.add_argument("--weights", default="", metavar="FILE", help="(MODEL.WEIGHTS)")
-    parser.add_argument("--model", metavar="NAME", help="a public model, instead of both")
+    add_model_arguments(parser)
     parser.add_argument("--output", required=True, metavar="FILE", help=".onnx, .pt2 or .xml")
     parser.add_argument(
         "--format", choices=SUFFIXES, help="if the ending of --output does not say it"
@@ -83,10 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argument_parser()
     args = parser.parse_intermixed_args(argv)
-    if (args.model is None) == (args.config_file is None):
-        parser.error("give --config-file and --weights, or --model")
-    if args.model is not None and args.weights:
-        parser.error("--model brings its weights: leave out --weights")
+    check_model_arguments(parser, args)
     if args.calibration and args.quantize != "int8":
         parser.error("--calibration is for --quantize int8")
     output = _with_suffix(args.output, args.format)
@@ -98,9 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.page_second or args.onnxruntime_web:
         parser.error("--page-second and --onnxruntime-web are for --page DIR")
     with console(0):
-        config, weights = args.config_file, args.weights
-        if args.model is not None:
-            config, weights = prepare_model(args.model)
+        config, weights = config_and_weights(args)
         export_model(
             config,
             weights,

@@ -26,6 +26,8 @@ from retina_plugin.predict.sources import Frame, describe, find_inputs, is_video
 from retina_plugin.predict.video import VideoWriter, open_webcam, read_video
 from retina_plugin.predict.writers import CsvFile, FileNames, ImageIds, JsonList, write_image
 
+from .model import add_model_arguments, check_model_arguments
+
 __all__ = ["argument_parser", "main"]
 
 
@@ -40,11 +42,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="image, folder, 'pattern', video, webcam number"
     )
-    parser.add_argument(
-        "--config-file", metavar="FILE", help="a file or one of the paper's configs"
-    )
-    parser.add_argument("--weights", default="", metavar="FILE", help="(MODEL.WEIGHTS)")
-    parser.add_argument("--model", metavar="NAME", help="a public model, instead of both")
+    add_model_arguments(parser)
     parser.add_argument("--output", default="predictions", metavar="DIR", help="(predictions)")
     parser.add_argument("--score", type=float, default=0.3, help="lowest score (default: .3)")
     parser.add_argument(
@@ -68,10 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argument_parser()
     args = parser.parse_intermixed_args(argv)  # inputs before, between and after the options
     args.inputs, args.opts = _split_overrides(args.inputs)
-    if (args.model is None) == (args.config_file is None):
-        parser.error("give --config-file and --weights, or --model")
-    if args.model is not None and args.weights:
-        parser.error("--model brings its weights: leave out --weights")
+    check_model_arguments(parser, args)
     with console(0):
         run = _Run(args)
         drawn = [run.output / "images", run.output / "videos"]

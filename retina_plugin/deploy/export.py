@@ -30,7 +30,7 @@ from .quantize import CalibrationImages, check_quantizable
 from .quantize import quantize as write_quantized
 from .runtime import format_of, load_exported
 
-__all__ = ["Exported", "export_model", "report_path"]
+__all__ = ["ExportResult", "export_model", "report_path"]
 
 logger = logging.getLogger("retina_plugin")
 
@@ -39,7 +39,7 @@ _AP_IMAGES = 500  # most that the AP of a quantized file is measured on: seconds
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """A file and how equal it is.
 
     Attributes:
@@ -66,7 +66,7 @@ def export_model(
     calibration: Sequence[str] = (),
     opts: Sequence[str] = (),
     overwrite: bool = False,
-) -> Exported:
+) -> ExportResult:
     """Write a detector as a file, and compare the file with the detector before it is handed over.
 
         export_model("retina_R50_800.yaml", "model_final.pth", "model.onnx", images=["photos/"])
@@ -123,7 +123,7 @@ def export_model(
     loss = None
     if quantize is not None and stage == "nms":
         loss = _ap_loss(output, cfg, model)
-    return Exported(output, metadata, parity, loss)
+    return ExportResult(output, metadata, parity, loss)
 
 
 def _ap_loss(output: Path, cfg: CfgNode, model: FocalRetinaNet) -> ApComparison | None:

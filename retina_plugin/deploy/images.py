@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
+import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog
 
@@ -70,8 +71,6 @@ def image_files(sources: Sequence[str]) -> list[str]:
 
 def resized_batch(images: Iterable[np.ndarray], height: int, width: int) -> np.ndarray:
     """(N, 3, height, width) float32 of (H, W, 3) uint8 images of any size."""
-    import cv2
-
     resized = [cv2.resize(x, (width, height), interpolation=cv2.INTER_AREA) for x in images]
     return np.ascontiguousarray(np.stack(resized).transpose(0, 3, 1, 2), dtype=np.float32)
 
