@@ -33,6 +33,7 @@ from benchmarks import command as benchmarks
 from retina_plugin.cli import COMMANDS
 from retina_plugin.cli import main as retina
 from retina_plugin.deploy.page import fetch_onnxruntime_web
+from retina_plugin.deploy.parity import compare
 from retina_plugin.engine import argument_parser, check_config, setup_cfg
 from retina_plugin.errors import ConfigError
 from retina_plugin.losses import BOX_LOSS_REGISTRY, CLS_LOSS_REGISTRY
@@ -234,7 +235,14 @@ def test_page(page, folder, capsys):
     assert tried == (ROOT / page).read_text().count("```") / 2
 
 
+@pytest.fixture
+def _untimed_exports(monkeypatch):
+    """Exports that compare each size once: a file takes a minute as it is."""
+    monkeypatch.setitem(compare.__kwdefaults__, "seconds", 0.0)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_untimed_exports")
 def test_readme_ships(folder, capsys):
     """Its export, check and standalone commands, in their order."""
     for command in SHIPPED[:2]:
@@ -245,6 +253,7 @@ def test_readme_ships(folder, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_untimed_exports")
 def test_deployment_page(folder, capsys):
     """Its commands and programs in their order, each program in a process of its own."""
     pytest.importorskip("openvino")
