@@ -19,7 +19,7 @@ Run = Callable[[], Detections]
 
 @dataclass
 class Row:
-    """One format of one case. ``error``: why there is no file, or it does not run."""
+    """One format of one case. ``error``: of the export, or of running its file."""
 
     case: str
     format: str

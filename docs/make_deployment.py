@@ -49,8 +49,8 @@ retina export {demo} --output model.xml
 
 Each file is compared with the model before it is handed over: real images of three sizes, alone
 and in a batch of three. They come from the config's datasets or from `--images`. The largest
-differences are printed and written to `model.onnx.parity.json`. Over the tolerance there is no
-file, and one line says where it differs.
+differences are printed and written to `model.onnx.parity.json`. A file that differs by more than
+the tolerance is not kept, and one line says where.
 
 ## Fewer bits
 

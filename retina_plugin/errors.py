@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ConfigError", "check_choice", "did_you_mean", "one_line"]
+__all__ = ["ConfigError", "check_choice", "did_you_mean", "first_line", "one_line"]
 
 
 class ConfigError(ValueError):
@@ -22,6 +22,11 @@ class ConfigError(ValueError):
 def one_line(text: str) -> str:
     """``text`` with a space for each line break and a "?" for what cannot be printed."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.splitlines()))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 def check_choice(key: str, value: str, choices: Iterable[str]) -> None:

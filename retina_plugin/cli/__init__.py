@@ -1,6 +1,7 @@
 """The commands: ``retina NAME ...``, or ``python -m retina_plugin NAME ...``.
 
 Each command is a file of this folder with ``main(argv)``. It parses, calls the package and prints.
+``model.py`` has the arguments that several commands share.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
+from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
@@ -68,7 +69,7 @@ class ApComparison:
 
     def table(self) -> str:
         """Three lines of metrics: the model's, the file's, the difference."""
-        rows = [["", *self.model, "ms"]]
+        rows = []
         for name, values, taken in (
             ("model", self.model, self.model_ms),
             ("file", self.file, self.file_ms),
@@ -76,9 +77,8 @@ class ApComparison:
             rows.append([name, *(_number(x, ".2f") for x in values.values()), f"{taken:.1f}"])
         ratio = f"{self.model_ms / self.file_ms:.2f}x"
         rows.append(["difference", *(_number(x, "+.2f") for x in self.difference.values()), ratio])
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = ["  ".join(f"{x:>{w}}" for x, w in zip(row, widths)) for row in rows]
-        return "\n".join(lines)
+        headers = ["", *self.model, "ms"]
+        return tabulate(rows, headers, tablefmt="plain", stralign="right", disable_numparse=True)
 
 
 def _number(value: float, form: str) -> str:

@@ -20,11 +20,10 @@ from retina_plugin.modeling import FocalRetinaNet
 from . import standalone
 from .check import ApComparison, compare_ap
 from .dense import DenseModel
-from .formats import check_torch, write_exported
+from .formats import atomic_files, check_packages, check_torch, write_exported
 from .images import find_images
 from .loading import load_for_export
 from .metadata import Metadata
-from .optional import optional
 from .parity import Parity, compare, parity_sizes, table
 from .quantize import CalibrationImages, check_quantizable
 from .quantize import quantize as write_quantized
@@ -93,7 +92,9 @@ def export_model(
     output = Path(output)
     kind = format_of(output)
     _check_output(output, overwrite)
-    _check_packages(kind, quantize)
+    running = ["onnxruntime"] if kind == "onnx" else []
+    quantizing = ["nncf"] if kind == "openvino" and quantize == "int8" else []
+    check_packages(kind, *running, *quantizing)  # before the long work
     cfg, model, metadata = load_for_export(config, weights, opts, stage)
     sources = list(images) or [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
     pixels = find_images(sources, cfg.INPUT.FORMAT, _IMAGES)
@@ -104,7 +105,7 @@ def export_model(
             shown = CalibrationImages(cfg, list(calibration) or cfg.DATASETS.TRAIN)
     logger.info("%-11s %s, stage %s", "Export", kind, stage)
     try:
-        with atomic_write(output) as temporary:
+        with atomic_files(output) as temporary:
             exact = temporary
             if quantize is not None:
                 exact = temporary.with_name(f"float32{output.suffix}")
@@ -113,9 +114,6 @@ def export_model(
             if quantize is not None:
                 logger.info("%-11s %s", "Quantize", quantize)
                 metadata = write_quantized(exact, temporary, quantize, shown)
-            if kind == "openvino":  # its weights first: the .xml is what a reader looks for
-                with atomic_write(output.with_suffix(".bin")) as weights_file:
-                    os.replace(temporary.with_suffix(".bin"), weights_file)
         if kind == "onnx" and stage == "nms":
             _copy_standalone(output.parent)
     except OSError as error:
@@ -147,16 +145,6 @@ def _ap_loss(output: Path, cfg: CfgNode, model: FocalRetinaNet) -> ApComparison 
 def report_path(output: str | os.PathLike) -> Path:
     """Where the comparison of a file is written: ``model.onnx`` -> ``model.onnx.parity.json``."""
     return Path(f"{os.fspath(output)}.parity.json")
-
-
-def _check_packages(kind: str, method: str | None) -> None:
-    """That what writes, runs and quantizes the file is there, before the long work."""
-    needed = {"pt2": [], "onnx": ["onnx", "onnxscript", "onnxruntime"]}
-    needed["openvino"] = ["onnx", "onnxscript", "openvino"]
-    if kind == "openvino" and method == "int8":
-        needed["openvino"].append("nncf")
-    for module in needed[kind]:
-        optional(module, f"retina export of {kind}")
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

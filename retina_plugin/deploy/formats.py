@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx.experimental import _config
 
+from retina_plugin.cache import atomic_write
 from retina_plugin.errors import ConfigError, one_line
 
 from .dense import DenseModel
@@ -22,9 +23,23 @@ from .ops import onnx_translations
 from .optional import optional
 from .runtime import format_of
 
-__all__ = ["check_torch", "export_program", "write_exported"]
+__all__ = [
+    "atomic_files",
+    "check_packages",
+    "check_torch",
+    "export_program",
+    "save_openvino",
+    "write_exported",
+]
 
 _OLDEST_TORCH = (2, 14)  # of pyproject.toml
+
+# What writes a file. OpenVINO's is made from an ONNX file.
+_PACKAGES = {
+    "pt2": (),
+    "onnx": ("onnx", "onnxscript"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+}
 
 # The traced image. Its sides are no special numbers: not equal, and no multiples of each other.
 _TRACED = (2, 3, 288, 352)
@@ -39,6 +54,19 @@ def check_torch(version: str = torch.__version__) -> None:
     if numbers < _OLDEST_TORCH:
         oldest = ".".join(map(str, _OLDEST_TORCH))
         raise ConfigError(f"torch {version} is too old for an export: upgrade it to {oldest}")
+
+
+def check_packages(kind: str, *more: str) -> None:
+    """
+    Args:
+        kind: the format of a file that will be written.
+        more: modules that the caller needs as well.
+
+    Raises:
+        ConfigError: a package is not installed.
+    """
+    for module in (*_PACKAGES[kind], *more):
+        optional(module, f"retina export --format {kind}")
 
 
 def export_program(dense: DenseModel) -> torch.export.ExportedProgram:
@@ -78,11 +106,7 @@ def write_exported(dense: DenseModel, metadata: Metadata, output: str | os.PathL
     check_torch()
     output = Path(output)
     kind = format_of(output)
-    if kind != "pt2":
-        for module in ("onnx", "onnxscript"):
-            optional(module, f"retina export --format {kind}")
-    if kind == "openvino":
-        openvino = optional("openvino", "retina export --format openvino")
+    check_packages(kind)
     program = export_program(dense)
     if kind == "pt2":
         _write_pt2(program, metadata, dense.output_names, output)
@@ -93,12 +117,34 @@ def write_exported(dense: DenseModel, metadata: Metadata, output: str | os.PathL
         with tempfile.TemporaryDirectory() as folder:
             onnx_file = Path(folder) / "model.onnx"
             _write_onnx(program, metadata, dense.output_names, onnx_file)
+            openvino = optional("openvino", "an .xml file")
             # not convert_model, which may send usage statistics
             model = openvino.Core().read_model(onnx_file)
-            for key in list(model.rt_info):  # it holds the name of the temporary file
-                del model.rt_info[key]
-            model.set_rt_info(metadata.to_json(), METADATA_KEY)
-            openvino.save_model(model, output, compress_to_fp16=False)
+            save_openvino(model, metadata, output)
+
+
+@contextlib.contextmanager
+def atomic_files(output: Path) -> Iterator[Path]:
+    """:func:`~retina_plugin.cache.atomic_write` of an exported file, with OpenVINO's weights.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    with atomic_write(output) as temporary:
+        yield temporary
+        if format_of(output) == "openvino":
+            # its weights first: the .xml is what a reader looks for
+            with atomic_write(output.with_suffix(".bin")) as weights_file:
+                os.replace(temporary.with_suffix(".bin"), weights_file)
+
+
+def save_openvino(model: Any, metadata: Metadata, output: Path, *, in_16_bit: bool = False) -> None:
+    """Write an OpenVINO model with our metadata as all that it says of its origin."""
+    openvino: Any = optional("openvino", "an .xml file")
+    for key in list(model.rt_info):  # what made it, with paths of this machine
+        del model.rt_info[key]
+    model.set_rt_info(metadata.to_json(), METADATA_KEY)
+    openvino.save_model(model, output, compress_to_fp16=in_16_bit)
 
 
 def _write_pt2(

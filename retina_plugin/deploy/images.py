@@ -11,10 +11,10 @@ import numpy as np
 from detectron2.data import DatasetCatalog
 
 from retina_plugin.data.images import BadImageError, read_image
-from retina_plugin.errors import ConfigError, did_you_mean
+from retina_plugin.errors import ConfigError, did_you_mean, first_line
 from retina_plugin.predict.sources import find_inputs, is_video
 
-__all__ = ["find_images", "image_files", "resized_batch"]
+__all__ = ["find_images", "image_files", "readable_images", "resized_batch"]
 
 
 def find_images(sources: Sequence[str], image_format: str, count: int) -> list[np.ndarray]:
@@ -32,8 +32,7 @@ def find_images(sources: Sequence[str], image_format: str, count: int) -> list[n
         files = image_files(sources)
     except ConfigError as error:
         raise ConfigError(f"{error}: name a folder of images by --images") from None
-    readable = _readable(files, image_format)
-    images = list(itertools.islice(readable, count))
+    images = list(itertools.islice(readable_images(files, image_format), count))
     if not images:
         raise ConfigError(f"no image of {', '.join(sources)} can be read: name others by --images")
     return images
@@ -54,7 +53,7 @@ def image_files(sources: Sequence[str]) -> list[str]:
             try:
                 records = DatasetCatalog.get(source)
             except Exception as error:  # the loader is the user's, too
-                missing.append(f"{source} ({_first_line(error)})")
+                missing.append(f"{source} ({first_line(error)})")
                 continue
             files += [record["file_name"] for record in records]
         elif os.path.exists(source) or any(sign in source for sign in "*?["):
@@ -75,13 +74,10 @@ def resized_batch(images: Iterable[np.ndarray], height: int, width: int) -> np.n
     return np.ascontiguousarray(np.stack(resized).transpose(0, 3, 1, 2), dtype=np.float32)
 
 
-def _readable(files: Iterable[str], image_format: str) -> Iterator[np.ndarray]:
+def readable_images(files: Iterable[str], image_format: str) -> Iterator[np.ndarray]:
+    """(H, W, 3) uint8 images of files, one at a time; those that cannot be read are left out."""
     for file in files:
         try:
             yield read_image(file, image_format)
         except BadImageError:
             continue
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -59,8 +59,8 @@ def write_page(
         The page, ``index.html``.
 
     Raises:
-        ConfigError: a model cannot run on the page, the package cannot be had, or the folder cannot
-            be written; one line.
+        ConfigError: a model cannot run on the page, the npm package cannot be fetched or read, or
+            the folder cannot be written; one line.
     """
     output = Path(output)
     models = [Path(path) for path in (model, second) if path is not None]

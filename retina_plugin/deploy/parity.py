@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tabulate import tabulate
 from torch import Tensor
 
 from retina_plugin.modeling import FocalRetinaNet
@@ -119,9 +120,7 @@ def table(results: Sequence[Parity]) -> str:
         differences = [f"{x.differences[name]:.1e}" for name in names]
         times = [f"{x.model_ms:.1f}", f"{x.file_ms:.1f}", f"{x.model_ms / x.file_ms:.2f}x"]
         rows.append([f"{x.height}x{x.width}", str(x.batch), matched, *differences, *times])
-    widths = [max(map(len, column)) for column in zip(heading, *rows)]
-    lines = ["  ".join(f"{x:>{w}}" for x, w in zip(row, widths)) for row in [heading, *rows]]
-    return "\n".join(lines)
+    return tabulate(rows, heading, tablefmt="plain", stralign="right", disable_numparse=True)
 
 
 def _compare_batch(

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 
-from retina_plugin.cache import atomic_write
 from retina_plugin.data import DATASET_MAPPER_REGISTRY
-from retina_plugin.data.images import BadImageError, read_image
 from retina_plugin.errors import ConfigError, check_choice
 
+from .formats import atomic_files, save_openvino
 from .graph import onnx_network, outside_network
 from .half import to_float16
-from .images import image_files
+from .images import image_files, readable_images
 from .metadata import METADATA_KEY, Metadata
 from .optional import optional
 from .runtime import format_of, load_exported
@@ -79,11 +78,7 @@ class CalibrationImages:
             ConfigError: not one image can be read.
         """
         found = False
-        for file in self.files:
-            try:
-                image = read_image(file, self._format)
-            except BadImageError:
-                continue
+        for image in readable_images(self.files, self._format):
             found = True
             yield self._prepare(image).numpy()[None].astype(np.float32)
         if not found:
@@ -145,11 +140,8 @@ def quantize(
         ("openvino", "fp16"): _openvino_fp16,
     }[kind, method]
     try:
-        with atomic_write(output) as temporary:
+        with atomic_files(output) as temporary:
             write(path, temporary, metadata, images)
-            if kind == "openvino":  # its weights first: the .xml is what a reader looks for
-                with atomic_write(output.with_suffix(".bin")) as weights_file:
-                    os.replace(temporary.with_suffix(".bin"), weights_file)
     except OSError as error:
         raise ConfigError(f"cannot write {output}: {error.strerror or error}") from None
     return metadata
@@ -243,7 +235,7 @@ def _openvino_int8(
                 disable_bias_correction=True,
             ),
         )
-    _save_openvino(openvino, model, output, metadata, compress=False)
+    save_openvino(model, metadata, output)
 
 
 def _openvino_fp16(
@@ -251,16 +243,7 @@ def _openvino_fp16(
 ) -> None:
     openvino: Any = optional("openvino", "--quantize fp16 of an .xml file")
     model = openvino.Core().read_model(path)
-    _save_openvino(openvino, model, output, metadata, compress=True)
-
-
-def _save_openvino(
-    openvino: Any, model: Any, output: Path, metadata: Metadata, *, compress: bool
-) -> None:
-    for key in list(model.rt_info):  # what made it, with paths of this machine
-        del model.rt_info[key]
-    model.set_rt_info(metadata.to_json(), METADATA_KEY)
-    openvino.save_model(model, output, compress_to_fp16=compress)
+    save_openvino(model, metadata, output, in_16_bit=True)
 
 
 @contextlib.contextmanager

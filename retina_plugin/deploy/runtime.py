@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from retina_plugin.errors import ConfigError
+from retina_plugin.errors import ConfigError, first_line
 
 from . import ops as _ops  # noqa: F401  a pt2 file calls the operator that it registers
 from .metadata import METADATA_KEY, Metadata
@@ -78,7 +78,7 @@ def load_exported(path: str | os.PathLike, *, threads: int | None = None) -> Exp
     path = Path(path)
     kind = format_of(path)
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist, or is no file")
+        raise ConfigError(f"{path} does not exist or is not a file")
     load = {"onnx": _load_onnx, "pt2": _load_pt2, "openvino": _load_openvino}[kind]
     text, names, run = load(path, threads)
     if not text:
@@ -95,7 +95,7 @@ def _load_onnx(path: Path, threads: int | None) -> tuple[str, list[str], Run]:
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of its own C++ classes, without a common base
-        raise ConfigError(f"{path} cannot be read by onnxruntime: {_first_line(error)}") from None
+        raise ConfigError(f"{path} cannot be read by onnxruntime: {first_line(error)}") from None
     names = [output.name for output in session.get_outputs()]
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
     return text, names, lambda images: session.run(names, {"image": images})
@@ -106,7 +106,7 @@ def _load_pt2(path: Path, threads: int | None) -> tuple[str, list[str], Run]:
     try:
         program = torch.export.load(path, extra_files=extra)
     except Exception as error:  # zipfile's, pickle's, its own
-        raise ConfigError(f"{path} cannot be read by torch: {_first_line(error)}") from None
+        raise ConfigError(f"{path} cannot be read by torch: {first_line(error)}") from None
     module = program.module()
 
     def run(images: np.ndarray) -> list[np.ndarray]:
@@ -131,12 +131,7 @@ def _load_openvino(path: Path, threads: int | None) -> tuple[str, list[str], Run
         model = core.read_model(path)
         compiled = core.compile_model(model, "CPU", options)
     except RuntimeError as error:
-        raise ConfigError(f"{path} cannot be read by openvino: {_first_line(error)}") from None
+        raise ConfigError(f"{path} cannot be read by openvino: {first_line(error)}") from None
     text = model.get_rt_info(METADATA_KEY).astype(str) if model.has_rt_info(METADATA_KEY) else ""
     names = [output.get_any_name() for output in compiled.outputs]
     return text, names, lambda images: list(compiled(images).values())
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -113,7 +113,7 @@ class Detector:
         except ImportError as error:
             raise DetectorError(f"onnxruntime: {error}: pip install onnxruntime") from None
         if not os.path.isfile(path):
-            raise DetectorError(f"{path} does not exist, or is no file")
+            raise DetectorError(f"{path} does not exist or is not a file")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
         options.intra_op_num_threads = threads or 0

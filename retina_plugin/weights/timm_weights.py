@@ -8,7 +8,7 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from safetensors.torch import save_file
 
 from retina_plugin.cache import cache_root
-from retina_plugin.errors import ConfigError
+from retina_plugin.errors import ConfigError, first_line
 from retina_plugin.modeling.timm_models import (
     check_timm_name,
     create_features,
@@ -62,7 +62,7 @@ def timm_weights(name: str) -> Path:
         try:
             features = create_features(name, indices, pretrained=True)
         except Exception as error:  # a download can fail in many ways
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             where = f"https://huggingface.co/{source.hf_hub_id}" if source.hf_hub_id else source.url
             raise ConfigError(
                 f"{key}: timm cannot fetch the weights of '{name}' from {where} ({reason}): run "
