@@ -42,7 +42,7 @@ if [ "$versions" = locked ]; then
     pip -r requirements/lock.txt
     pip --no-deps --no-build-isolation --editable .
 else
-    pip --upgrade --upgrade-strategy eager --editable '.[demo,fast,video,timm,export,openvino,supervision,dev]'
+    pip --upgrade --upgrade-strategy eager --editable '.[demo,fast,video,timm,export,openvino,report,supervision,dev]'
 fi
 
 # OpenCV's plain wheel needs libGL, which a machine without a desktop may lack.

@@ -286,6 +286,7 @@ def test_parsed_commands_are_still_there():
         assert command in text
 
 
+@pytest.mark.slow
 def test_model_zoo_weights_detect_as_in_detectron2(folder):
     """The README's ten lines find what Detectron2's own RetinaNet finds, in its order.
 

@@ -163,7 +163,7 @@ def test_set_up_latest_takes_the_open_ranges(set_up, tmp_path):
     assert done.returncode == 0
     assert (
         "--upgrade" in installed[0]
-        and ".[demo,fast,video,timm,export,openvino,supervision,dev]" in installed[0]
+        and ".[demo,fast,video,timm,export,openvino,report,supervision,dev]" in installed[0]
     )
     assert not any("lock.txt" in call for call in installed)
 

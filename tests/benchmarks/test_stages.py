@@ -108,6 +108,7 @@ def test_training_steps_agree():
         case.check(results)
 
 
+@pytest.mark.slow
 def test_detections_agree():
     """In 16 bit most of Detectron2's are found."""
     agreement, case, results = next(checked(inference("cpu", size=(128, 192), options=OPTIONS)))

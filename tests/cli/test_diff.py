@@ -150,6 +150,7 @@ def test_unreadable_config_is_one_line(files, text, message):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_command_in_a_process(files, repo):
     """Exit status 0 with the table on stdout, 1 with the line on stderr."""
     command = [sys.executable, "-W", "ignore", "-m", "retina_plugin", "diff"]

@@ -80,6 +80,7 @@ def test_torchrun_with_all_options(repo, tiny_digits, tmp_path):
     assert re.search(r"\| +AP +\| +AP50 ", result.stdout)
 
 
+@pytest.mark.slow
 def test_torchrun_prints_an_error_once(repo, tiny_digits, tmp_path):
     """Not once for each process."""
     result = torchrun(repo, "OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "3")

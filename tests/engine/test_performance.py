@@ -104,7 +104,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[pytest.mark.slow] if name == "all" else [])
+        for name, options in OPTIONS.items()
+    ],
+)
 def test_options_change_no_result(detector, options):
     """State dict, losses, gradients and detections equal the plain model's, within 1e-5."""
     plain, model = detector(), detector(**options)

@@ -64,6 +64,7 @@ def _two_processes(rank, store, results):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_only_global_and_ema_are_shared_by_processes(tmp_path):
     """With d the mean of F_0 and F_1, the averaged loss (S_0/d + S_1/d) / 2 is that of one process:
     (S_0 + S_1) / (F_0 + F_1)."""

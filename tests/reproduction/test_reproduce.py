@@ -105,6 +105,7 @@ def test_dry_run_lists_runs_and_starts_none(tmp_path, capsys, monkeypatch):
     assert not ledger.exists()
 
 
+@pytest.mark.slow
 def test_results_are_recorded_and_not_trained_again(tiny_digits, tmp_path, capsys, monkeypatch):
     """One run diverges and one ends; asked again, the result comes from the ledger."""
     monkeypatch.chdir(tmp_path)
@@ -144,6 +145,7 @@ def test_interrupted_run_resumes(tiny_digits, tmp_path, monkeypatch):
     assert "Starting training from iteration 1" in (folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_failed_run_is_not_recorded_and_sets_the_exit_status(tiny_digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ledger = tmp_path / "ledger.json"

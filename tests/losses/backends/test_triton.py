@@ -148,6 +148,7 @@ TINY = [(1, 1, 1, 1), (2, 80, 1, 1), (3, 4, 1, 2), (1, 1, 2, 1), (2, 1, 1, 1)]
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_several_programs(interpreted, channels_last):
     A, K, H, W = LARGE
