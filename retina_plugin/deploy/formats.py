@@ -16,11 +16,11 @@ from torch.fx.experimental import _config
 
 from retina_plugin.cache import atomic_write
 from retina_plugin.errors import ConfigError, one_line
+from retina_plugin.optional import optional
 
 from .dense import DenseModel
 from .metadata import METADATA_KEY, Metadata
 from .ops import onnx_translations
-from .optional import optional
 from .runtime import format_of
 
 __all__ = [

@@ -17,13 +17,13 @@ from detectron2.config import CfgNode
 
 from retina_plugin.data import DATASET_MAPPER_REGISTRY
 from retina_plugin.errors import ConfigError, check_choice
+from retina_plugin.optional import optional
 
 from .formats import atomic_files, save_openvino
 from .graph import onnx_network, outside_network
 from .half import to_float16
 from .images import image_files, readable_images
 from .metadata import METADATA_KEY, Metadata
-from .optional import optional
 from .runtime import format_of, load_exported
 
 __all__ = ["METHODS", "CalibrationImages", "check_quantizable", "quantize"]

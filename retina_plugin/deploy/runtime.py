@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from retina_plugin.errors import ConfigError, first_line
+from retina_plugin.optional import optional
 
 from . import ops as _ops  # noqa: F401  a pt2 file calls the operator that it registers
 from .metadata import METADATA_KEY, Metadata
-from .optional import optional
 
 __all__ = ["SUFFIXES", "ExportedModel", "format_of", "load_exported"]
 

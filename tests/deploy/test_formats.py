@@ -12,8 +12,8 @@ import torch
 
 from retina_plugin.deploy import DenseModel, formats, load_exported, write_exported
 from retina_plugin.deploy.metadata import METADATA_KEY
-from retina_plugin.deploy.optional import optional
 from retina_plugin.errors import ConfigError
+from retina_plugin.optional import optional
 
 SIZES = [(1, 64, 96), (3, 64, 64), (2, 33, 47), (1, 1, 5), (2, 150, 70)]
 

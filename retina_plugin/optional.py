@@ -1,4 +1,4 @@
-"""The optional packages of this room, imported where they are needed."""
+"""Packages that only some users need, imported where they are needed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ _EXTRAS = {
     "onnxruntime": "export",
     "openvino": "openvino",
     "nncf": "openvino",
+    "hotcoco": "fast",
+    "plotly": "report",
 }
 
 
