@@ -1,1 +1,7 @@
 """What a model gets wrong: the numbers and the page of ``retina report``."""
+
+from .ground_truth import GroundTruth
+from .metrics import analyze
+from .result import Analysis
+
+__all__ = ["Analysis", "GroundTruth", "analyze"]

@@ -10,17 +10,32 @@ from typing import Any
 from retina_plugin.errors import ConfigError
 from retina_plugin.evaluation.detections import orjson
 
-__all__ = ["category_names", "image_files", "read_annotations"]
+__all__ = ["category_names", "image_files", "read_annotations", "read_json"]
 
 
 def read_annotations(path: str | os.PathLike) -> dict[str, Any]:
     """The content of an annotation file in COCO's format.
 
+    Raises:
+        ConfigError: see :func:`read_json`; or it is not a JSON object.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: holds a {type(content).__name__}, not an object with images, annotations and "
+            "categories: name an annotation file in COCO's format"
+        )
+    return content
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a JSON file.
+
     UTF-8, with or without a byte-order mark, UTF-16 and UTF-32 are read.
 
     Raises:
-        ConfigError: it cannot be read, is empty, cut, not JSON or not a JSON object; the line has
-            the file, the place and the fix.
+        ConfigError: it cannot be read, is empty, cut or not JSON; the line has the file, the place
+            and the fix.
     """
     fix = "write or copy it again"
     try:
@@ -36,14 +51,7 @@ def read_annotations(path: str | os.PathLike) -> dict[str, Any]:
             content = orjson.loads(data)
         except orjson.JSONDecodeError:
             content = None  # it has NaN, or it is no JSON: Python's reader decides
-    if content is None:
-        content = _parse(path, data, encoding, fix)
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: holds a {type(content).__name__}, not an object with images, annotations and "
-            "categories: name an annotation file in COCO's format"
-        )
-    return content
+    return _parse(path, data, encoding, fix) if content is None else content
 
 
 def _parse(path: str | os.PathLike, data: bytes, encoding: str, fix: str) -> Any:

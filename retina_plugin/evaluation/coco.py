@@ -24,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 from retina_plugin.errors import ConfigError
 from retina_plugin.registry import ComponentRegistry
 
-from .detections import Detections, as_rows, optional_import
+from .detections import Detections, as_rows, fill_in, optional_import
 
 __all__ = ["EVALUATOR_REGISTRY", "COCOEvaluator", "FastCOCOEvaluator"]
 
@@ -46,7 +46,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _fill_in(self._coco_api)
+        fill_in(self._coco_api.dataset)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, dataset_name: str, output_dir: str) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
             use_fast_impl=False,
             allow_cached_coco=False,  # it may be that of a dataset that has changed
         )
-        _fill_in(self._coco_api)
+        fill_in(self._coco_api.dataset)
         self._dataset_name = dataset_name
         self._predictions: list[Detections] = []
 
@@ -273,15 +273,6 @@ def _log_prints() -> Iterator[None]:
         yield
     if printed.getvalue():
         logger.debug("pycocotools:\n%s", printed.getvalue().rstrip())
-
-
-def _fill_in(truth: COCO) -> None:
-    """Add what pycocotools fails without: an area, which is that of the box, and ``iscrowd`` 0."""
-    for annotation in truth.dataset.get("annotations", []):
-        annotation.setdefault("iscrowd", 0)
-        if "area" not in annotation and "bbox" in annotation:
-            _, _, width, height = annotation["bbox"]
-            annotation["area"] = width * height
 
 
 def _boxes_only(truth: COCO) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Detections as an evaluator keeps them, one set of arrays per image, and their JSON."""
+"""Detections as an evaluator keeps them, one set of arrays per image, and COCO's JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Detections", "as_rows", "optional_import"]
+__all__ = ["Detections", "as_rows", "fill_in", "optional_import"]
 
 
 def optional_import(name: str) -> ModuleType | None:
@@ -73,3 +73,16 @@ def as_rows(predictions: list[Detections], category_ids: list[int] | None) -> np
             np.array(category_ids)[classes] if category_ids else classes,
         ]
     )
+
+
+def fill_in(coco: dict[str, Any]) -> None:
+    """Add what COCO's metrics need: an area, which is that of the box, and ``iscrowd`` 0.
+
+    Args:
+        coco: the content of an annotation file, which is changed.
+    """
+    for annotation in coco.get("annotations", []):
+        annotation.setdefault("iscrowd", 0)
+        if "area" not in annotation and "bbox" in annotation:
+            _, _, width, height = annotation["bbox"]
+            annotation["area"] = width * height

@@ -1,0 +1,232 @@
+"""All numbers of a report, from hotcoco."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from retina_plugin.errors import ConfigError
+
+from .cases import find_cases
+from .comparison import compare
+from .ground_truth import GroundTruth, read_ground_truth
+from .matching import IOU, Evaluation, mean_ap
+from .predictions import Found, read_predictions
+from .result import Analysis, ClassResult, Curves, ErrorType, ImageResult
+from .thresholds import best_threshold, sweep
+
+__all__ = ["analyze"]
+
+Predictions = str | os.PathLike | Sequence[dict[str, Any]]
+
+_CURVE_IOUS = {0.5: 0, 0.75: 5, 0.9: 8}  # IoU -> its place among COCO's ten
+_NEVER = 1.1  # a threshold that no score reaches
+
+
+def analyze(
+    truth: str | GroundTruth,
+    predictions: Predictions,
+    against: Predictions | None = None,
+    *,
+    score: float | None = None,
+    resamples: int = 200,
+) -> Analysis:
+    """What a model gets right and wrong on a dataset.
+
+        analysis = analyze("digits_scenes_val", "coco_instances_results.json")
+        print(analysis.metrics["AP"], analysis.classes[3].best.score)
+        write_report(analysis, "out")
+
+    AP counts every detection. Mistakes are counted among the detections from a score threshold on:
+    that of the best F1 of each class, or ``score``. Right is an IoU of .5 or more with an object of
+    the same class.
+
+    Args:
+        truth: a registered dataset, or what :meth:`.GroundTruth.from_coco` makes of an annotation
+            file.
+        predictions: COCO's result list, as a JSON file or as it is; ``coco_instances_results.json``
+            of an evaluation or ``predictions.json`` of ``retina predict``.
+        against: those of another model on the same dataset, to compare with.
+        score: one threshold for all classes.
+        resamples: of the bootstrap over images that gives the interval of a difference.
+
+    Raises:
+        ConfigError: the dataset or the predictions cannot be read or do not belong together;
+            hotcoco is not installed; one line.
+    """
+    if score is not None and not 0 <= score <= 1:
+        raise ConfigError(f"score {score}: give a probability from 0 to 1")
+    if not isinstance(truth, GroundTruth):
+        truth = read_ground_truth(truth)
+    found = read_predictions(predictions, truth)
+    other = None if against is None else read_predictions(against, truth)
+    evaluation = Evaluation(truth, found)
+    at = AtThresholds(truth, found, evaluation, score)
+    comparison = None
+    if other is not None:
+        its_evaluation = Evaluation(truth, other)
+        its = AtThresholds(truth, other, its_evaluation, score)
+        comparison = compare(
+            (evaluation, at.images), (its_evaluation, its.images), other[its.shown], resamples
+        )
+    tide = evaluation.coco.tide_errors(IOU)
+    calibration = evaluation.coco.calibration(10, IOU)
+    per_class_ece = calibration.pop("per_category")
+    return Analysis(
+        truth=truth,
+        found=found,
+        shown=at.shown,
+        metrics=evaluation.summary(),
+        classes=_classes(truth, found, evaluation, at, per_class_ece),
+        thresholds=at.thresholds,
+        chosen=score,
+        overall=at.overall,
+        right=sum(image.right for image in at.images),
+        wrong=sum(image.wrong for image in at.images),
+        missed=sum(image.missed for image in at.images),
+        curves=_curves(truth, found, evaluation),
+        confusion=at.evaluation.coco.confusion_matrix(IOU)["matrix"],
+        errors=sorted(
+            (
+                ErrorType(name, count, 100 * tide["delta_ap"][name])
+                for name, count in tide["counts"].items()
+            ),
+            key=lambda error: -error.cost,
+        ),
+        base=100 * tide["ap_base"],
+        false_positives=100 * tide["delta_ap"]["FP"],
+        false_negatives=100 * tide["delta_ap"]["FN"],
+        calibration=calibration,
+        images=at.images,
+        cases=find_cases(
+            truth,
+            found[at.shown],
+            at.evaluation.right,
+            at.evaluation.missed,
+            at.thresholds,
+            at.evaluation.diagnostics["label_errors"],
+            found,
+        ),
+        comparison=comparison,
+    )
+
+
+class AtThresholds:
+    """Detections that are shown to a user: those from the threshold of their class on.
+
+    Attributes:
+        best: (K,) the best threshold of each class.
+        overall: the best one for all classes together.
+        thresholds: (K,) the ones in use.
+        shown: (N,) bool.
+        evaluation: of the shown detections alone.
+        images: (I,).
+    """
+
+    def __init__(
+        self, truth: GroundTruth, found: Found, evaluation: Evaluation, score: float | None
+    ) -> None:
+        counts = evaluation.right >= 0
+        objects = _objects_by_class(truth)
+        self.overall = best_threshold(
+            found.scores[counts], evaluation.right[counts] == 1, int(objects.sum())
+        )
+        self.best = [
+            best_threshold(found.scores[own], evaluation.right[own] == 1, int(objects[k]))
+            for k, own in enumerate(_by_class(truth, found, counts))
+        ]
+        if score is None:
+            # a class of which nothing is right has no best one
+            fallback = self.overall.score if self.overall.score is not None else _NEVER
+            self.thresholds = np.array([fallback if b.score is None else b.score for b in self.best])
+        else:
+            self.thresholds = np.full(len(objects), score)
+        self.shown = counts & (found.scores >= self.thresholds[found.classes])
+        self.evaluation = Evaluation(truth, found[self.shown])
+        number = len(truth.image_ids)
+        right = np.bincount(found.images[self.shown][self.evaluation.right == 1], minlength=number)
+        shown = np.bincount(found.images[self.shown], minlength=number)
+        missed = np.bincount(truth.images[self.evaluation.missed], minlength=number)
+        objects_I = np.bincount(truth.images[~truth.crowds], minlength=number)
+        self.images = [
+            ImageResult(name, *numbers)
+            for name, *numbers in zip(
+                truth.file_names,
+                objects_I.tolist(),
+                right.tolist(),
+                (shown - right).tolist(),
+                missed.tolist(),
+            )
+        ]
+
+
+def _objects_by_class(truth: GroundTruth) -> np.ndarray:
+    return np.bincount(truth.classes[~truth.crowds], minlength=len(truth.class_names))
+
+
+def _by_class(truth: GroundTruth, found: Found, counts: np.ndarray) -> list[np.ndarray]:
+    """The places of the detections of each class that count."""
+    (places,) = np.nonzero(counts)
+    order = places[np.argsort(found.classes[places], kind="stable")]
+    ends = np.searchsorted(found.classes[order], np.arange(len(truth.class_names) + 1))
+    return [order[a:b] for a, b in zip(ends, ends[1:])]
+
+
+def _classes(
+    truth: GroundTruth,
+    found: Found,
+    evaluation: Evaluation,
+    at: AtThresholds,
+    ece: dict[str, float],
+) -> list[ClassResult]:
+    objects = _objects_by_class(truth)
+    detections = np.bincount(found.classes, minlength=len(objects))
+    pairs = np.unique(np.stack([truth.classes, truth.images])[:, ~truth.crowds], axis=1)
+    images = np.bincount(pairs[0], minlength=len(objects))
+    precision, recall = evaluation.precision, evaluation.recall
+    return [
+        ClassResult(
+            name,
+            int(objects[k]),
+            int(images[k]),
+            int(detections[k]),
+            {
+                "AP": mean_ap(precision[:, :, k, 0]),
+                "AP50": mean_ap(precision[0, :, k, 0]),
+                "AP75": mean_ap(precision[5, :, k, 0]),
+                **{f"AP{s}": mean_ap(precision[:, :, k, i + 1]) for i, s in enumerate("sml")},
+                "AR100": mean_ap(recall[:, k, 0]),
+            },
+            at.best[k],
+            ece.get(str(k)),
+        )
+        for k, name in enumerate(truth.class_names)
+    ]
+
+
+def _curves(truth: GroundTruth, found: Found, evaluation: Evaluation) -> Curves:
+    places = list(_CURVE_IOUS.values())
+    all_sizes = np.where(evaluation.precision[..., 0] < 0, np.nan, evaluation.precision[..., 0])
+    of_class = all_sizes.transpose(2, 0, 1)  # (K, 10, 101)
+    has_objects = ~np.isnan(of_class[:, 0, 0])
+    mean = of_class[has_objects].mean(axis=0) if has_objects.any() else of_class[0]
+    counts = evaluation.right >= 0
+    objects = _objects_by_class(truth)
+    class_sweep = [
+        sweep(found.scores[own], evaluation.right[own] == 1, int(objects[k]))
+        for k, own in enumerate(_by_class(truth, found, counts))
+    ]
+    return Curves(
+        ious=tuple(_CURVE_IOUS),
+        mean_precision=mean[places],
+        precision=of_class[:, places],
+        ap_by_iou=100 * mean.mean(axis=1),
+        class_ap_by_iou=100 * of_class.mean(axis=2),
+        sweep=np.array(
+            sweep(found.scores[counts], evaluation.right[counts] == 1, int(objects.sum()))
+        ),
+        class_sweep=np.array(class_sweep),
+    )
