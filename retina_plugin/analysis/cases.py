@@ -11,7 +11,7 @@ from pycocotools import mask
 from .ground_truth import GroundTruth
 from .matching import IOU
 from .predictions import Found
-from .result import Case
+from .result import Case, Shown
 
 __all__ = ["FIRST", "MOST", "find_cases", "group_by_image"]
 
@@ -24,23 +24,20 @@ Boxes = np.ndarray
 
 def find_cases(
     truth: GroundTruth,
-    found: Found,
-    right: np.ndarray,
-    missed: np.ndarray,
+    shown: Shown,
+    every: Found,
     thresholds: np.ndarray,
     suspects: Iterable[dict[str, Any]],
-    every: Found,
 ) -> dict[str, list[Case]]:
     """The worst mistakes of each kind: most confident detections and largest missed objects first.
 
     Args:
-        found: the detections from the thresholds on.
-        right: (N,) whether each is right.
-        missed: (G,) whether an object has none.
+        shown: the detections from the thresholds on.
+        every: all detections.
         thresholds: (K,) of scores.
         suspects: hotcoco's label errors; their ``dt_id`` and ``gt_id`` count from 1.
-        every: all detections, also those below the thresholds.
     """
+    found, right, missed = shown.found, shown.right, shown.missed
     cases: dict[str, list[Case]] = {k: [] for k in ("suspect", "swap", "false_positive", "miss")}
     suspected = {}
     for error in suspects:
@@ -48,11 +45,11 @@ def find_cases(
         cases["suspect"].append(_suspect(truth, found, error))
     explained = missed.copy()  # a swap says why its object is missed
     objects, detections = (group_by_image(x.images, len(truth.image_ids)) for x in (truth, found))
-    for image in np.unique(found.images[right == 0]).tolist():
+    for image in np.unique(found.images[~right]).tolist():
         around = objects(image)
         around = around[~truth.crowds[around]]
         wrong = detections(image)
-        wrong = wrong[right[wrong] == 0]
+        wrong = wrong[~right[wrong]]
         overlaps = _iou(found.boxes[wrong], truth.boxes[around])
         for i, overlap in zip(wrong.tolist(), overlaps):
             case, taken = _wrong_detection(truth, found, i, around, overlap, missed)

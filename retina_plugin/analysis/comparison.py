@@ -7,8 +7,7 @@ import numpy as np
 from retina_plugin.optional import optional
 
 from .matching import Evaluation
-from .predictions import Found
-from .result import Comparison, ImageResult
+from .result import Comparison, ImageResult, Shown
 
 __all__ = ["compare"]
 
@@ -18,7 +17,7 @@ _CHANGED = 12  # images
 Side = tuple[Evaluation, list[ImageResult]]
 
 
-def compare(this: Side, other: Side, found: Found, resamples: int) -> Comparison:
+def compare(this: Side, other: Side, shown: Shown, resamples: int) -> Comparison:
     """Differences of AP with their bootstrap intervals, and the images that changed most.
 
     Both models are scored on the same resamples of the images, so an image that is hard for both
@@ -26,7 +25,7 @@ def compare(this: Side, other: Side, found: Found, resamples: int) -> Comparison
 
     Args:
         this, other: each model's evaluation and its images at its own thresholds.
-        found: the detections of the other model at its thresholds.
+        shown: what the other model shows.
         resamples: of the images.
     """
     hotcoco = optional("hotcoco", "retina report")
@@ -59,5 +58,5 @@ def compare(this: Side, other: Side, found: Found, resamples: int) -> Comparison
         changed=[(int(i), int(before[i]), int(after[i])) for i in order if change[i]],
         more=int((change > 0).sum()),
         fewer=int((change < 0).sum()),
-        found=found,
+        other=shown,
     )

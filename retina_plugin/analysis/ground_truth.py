@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 
 from retina_plugin.doctor.datasets import dataset_records
@@ -31,6 +31,7 @@ class GroundTruth:
         image_ids: (I,) the annotation file's.
         file_names: (I,) as the annotation file has them; "" where it has none.
         image_root: the folder that they are in.
+        sizes: (I, 2) width and height in pixels; NaN where the file does not say.
         category_ids: (K,) the annotation file's.
         class_names: (K,).
         images, classes: (G,) image and class of each object, as an index.
@@ -43,6 +44,7 @@ class GroundTruth:
     image_ids: Sequence[Any]
     file_names: Sequence[str]
     image_root: str
+    sizes: np.ndarray
     category_ids: Sequence[Any]
     class_names: Sequence[str]
     images: np.ndarray
@@ -82,6 +84,7 @@ class GroundTruth:
             image_ids=tuple(images),
             file_names=tuple(str(image.get("file_name", "")) for image in images.values()),
             image_root=image_root,
+            sizes=np.array([_size(image) for image in images.values()], np.float64),
             category_ids=tuple(categories),
             class_names=tuple(str(c.get("name", i)) for i, c in categories.items()),
             images=_places((a.get("image_id") for a in annotations), images, name, "image"),
@@ -105,13 +108,16 @@ def read_ground_truth(dataset: str) -> GroundTruth:
     Raises:
         ConfigError: no dataset has that name, its file cannot be read, or it is incomplete.
     """
-    metadata = MetadataCatalog.get(dataset) if dataset in MetadataCatalog.list() else None
-    file = getattr(metadata, "json_file", None)
-    prepare = getattr(metadata, "prepare", None)
-    if file is None or prepare is not None and not os.path.isfile(file):
-        dataset_records(dataset)  # raises a line if there is none; writes the embedded one
+    if dataset not in DatasetCatalog:
+        dataset_records(dataset)  # raises the line
+    metadata = MetadataCatalog.get(dataset)
+    file, prepare = metadata.get("json_file"), metadata.get("prepare")
+    if file is None or (prepare is not None and not os.path.isfile(file)):
+        dataset_records(dataset)  # its function may fail, or write the file
     if file is not None:
-        return GroundTruth.from_coco(read_annotations(file), dataset, metadata.image_root)
+        return GroundTruth.from_coco(
+            read_annotations(file), dataset, metadata.get("image_root") or ""
+        )
     try:
         coco = convert_to_coco_dict(dataset)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -153,6 +159,12 @@ def _is_box(box: Any) -> bool:
         return False
 
 
+def _size(image: dict[str, Any]) -> tuple[float, float]:
+    width, height = image.get("width"), image.get("height")
+    known = all(isinstance(x, (int, float)) and 0 < x < 1e6 for x in (width, height))
+    return (width, height) if known else (math.nan, math.nan)  # type: ignore[return-value]
+
+
 def _by_id(entries: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
     """In the order of their ids, in which pycocotools goes through them."""
     found = {entry["id"]: entry for entry in entries}
@@ -162,14 +174,12 @@ def _by_id(entries: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
         return dict(sorted(found.items(), key=lambda x: (str(type(x[0])), x[0])))
 
 
-def _places(
-    ids: Iterable[Any], known: dict[Any, Any], name: str, what: str
-) -> np.ndarray:
+def _places(ids: Iterable[Any], known: dict[Any, Any], name: str, what: str) -> np.ndarray:
     place = {i: k for k, i in enumerate(known)}
     try:
         return np.array([place[i] for i in ids], np.int64)
     except (KeyError, TypeError) as error:
         raise ConfigError(
-            f"{name}: an annotation is of the {what} {error.args[0]!r:.80}, which the file does not "
-            "have: `retina doctor` names all"
+            f"{name}: an annotation is of the {what} {error.args[0]!r:.80}, which the file does "
+            "not have: `retina doctor` names all"
         ) from None

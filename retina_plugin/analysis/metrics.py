@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from .comparison import compare
 from .ground_truth import GroundTruth, read_ground_truth
 from .matching import IOU, Evaluation, mean_ap
 from .predictions import Found, read_predictions
-from .result import Analysis, ClassResult, Curves, ErrorType, ImageResult
+from .result import Analysis, ClassResult, Curves, ErrorType, ImageResult, Shown
 from .thresholds import best_threshold, sweep
 
 __all__ = ["analyze"]
@@ -70,7 +71,7 @@ def analyze(
         its_evaluation = Evaluation(truth, other)
         its = AtThresholds(truth, other, its_evaluation, score)
         comparison = compare(
-            (evaluation, at.images), (its_evaluation, its.images), other[its.shown], resamples
+            (evaluation, at.images), (its_evaluation, its.images), its.shown, resamples
         )
     tide = evaluation.coco.tide_errors(IOU)
     calibration = evaluation.coco.calibration(10, IOU)
@@ -102,13 +103,7 @@ def analyze(
         calibration=calibration,
         images=at.images,
         cases=find_cases(
-            truth,
-            found[at.shown],
-            at.evaluation.right,
-            at.evaluation.missed,
-            at.thresholds,
-            at.evaluation.diagnostics["label_errors"],
-            found,
+            truth, at.shown, found, at.thresholds, at.evaluation.diagnostics["label_errors"]
         ),
         comparison=comparison,
     )
@@ -121,8 +116,8 @@ class AtThresholds:
         best: (K,) the best threshold of each class.
         overall: the best one for all classes together.
         thresholds: (K,) the ones in use.
-        shown: (N,) bool.
-        evaluation: of the shown detections alone.
+        shown: the detections.
+        evaluation: of these alone.
         images: (I,).
     """
 
@@ -141,25 +136,22 @@ class AtThresholds:
         if score is None:
             # a class of which nothing is right has no best one
             fallback = self.overall.score if self.overall.score is not None else _NEVER
-            self.thresholds = np.array([fallback if b.score is None else b.score for b in self.best])
+            self.thresholds = np.array(
+                [fallback if b.score is None else b.score for b in self.best]
+            )
         else:
             self.thresholds = np.full(len(objects), score)
-        self.shown = counts & (found.scores >= self.thresholds[found.classes])
-        self.evaluation = Evaluation(truth, found[self.shown])
-        number = len(truth.image_ids)
-        right = np.bincount(found.images[self.shown][self.evaluation.right == 1], minlength=number)
-        shown = np.bincount(found.images[self.shown], minlength=number)
-        missed = np.bincount(truth.images[self.evaluation.missed], minlength=number)
-        objects_I = np.bincount(truth.images[~truth.crowds], minlength=number)
+        kept = found[counts & (found.scores >= self.thresholds[found.classes])]
+        self.evaluation = Evaluation(truth, kept)
+        right, missed = self.evaluation.right == 1, self.evaluation.missed
+        self.shown = Shown(kept, right, missed)
+        columns = (truth.images[~truth.crowds], kept.images[right], kept.images[~right])
+        counts_I = [
+            np.bincount(images, minlength=len(truth.image_ids)).tolist()
+            for images in (*columns, truth.images[missed])
+        ]
         self.images = [
-            ImageResult(name, *numbers)
-            for name, *numbers in zip(
-                truth.file_names,
-                objects_I.tolist(),
-                right.tolist(),
-                (shown - right).tolist(),
-                missed.tolist(),
-            )
+            ImageResult(name, *numbers) for name, *numbers in zip(truth.file_names, *counts_I)
         ]
 
 
@@ -172,7 +164,7 @@ def _by_class(truth: GroundTruth, found: Found, counts: np.ndarray) -> list[np.n
     (places,) = np.nonzero(counts)
     order = places[np.argsort(found.classes[places], kind="stable")]
     ends = np.searchsorted(found.classes[order], np.arange(len(truth.class_names) + 1))
-    return [order[a:b] for a, b in zip(ends, ends[1:])]
+    return [order[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def _classes(

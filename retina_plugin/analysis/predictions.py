@@ -37,15 +37,13 @@ class Found:
         return len(self.scores)
 
     def __getitem__(self, index: np.ndarray) -> Found:
-        return Found(
-            self.images[index], self.classes[index], self.boxes[index], self.scores[index]
-        )
+        return Found(self.images[index], self.classes[index], self.boxes[index], self.scores[index])
 
 
 def read_predictions(
     source: str | os.PathLike | Sequence[dict[str, Any]], truth: GroundTruth
 ) -> Found:
-    """Detections in COCO's result format: a list of ``image_id``, ``category_id``, ``bbox``, ``score``.
+    """Detections in COCO's result format: ``image_id``, ``category_id``, ``bbox`` and ``score``.
 
     Entries of ``retina predict`` also have ``file_name`` and ``category_name``, which are then what
     they are matched by: its ids need not be those of the dataset.

@@ -13,7 +13,16 @@ from .ground_truth import GroundTruth
 from .predictions import Found
 from .thresholds import GRID, Threshold
 
-__all__ = ["Analysis", "Case", "ClassResult", "Comparison", "Curves", "ErrorType", "ImageResult"]
+__all__ = [
+    "Analysis",
+    "Case",
+    "ClassResult",
+    "Comparison",
+    "Curves",
+    "ErrorType",
+    "ImageResult",
+    "Shown",
+]
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,21 @@ class Case:
 
 
 @dataclass(frozen=True, eq=False)
+class Shown:
+    """What a user of a model sees: its detections from the threshold of their class on.
+
+    Args:
+        found: M detections. Those on crowds, which do not count, are left out.
+        right: (M,) bool.
+        missed: (G,) whether an object has no right detection. Never a crowd.
+    """
+
+    found: Found
+    right: np.ndarray
+    missed: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Curves:
     """Arrays for charts; NaN where there is nothing.
 
@@ -125,6 +149,7 @@ class Comparison:
         resamples: of the bootstrap over images.
         changed: (image, mistakes of the other, mistakes of this) of the images that changed most.
         more, fewer: number of images with more and with fewer mistakes than the other's.
+        other: what the other model shows.
     """
 
     metrics: dict[str, dict[str, float | None]]
@@ -133,7 +158,7 @@ class Comparison:
     changed: list[tuple[int, int, int]]
     more: int
     fewer: int
-    found: Found = field(repr=False)
+    other: Shown = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +167,7 @@ class Analysis:
 
     Args:
         truth, found: what was compared.
-        shown: (N,) whether a detection is at or above the threshold of its class.
+        shown: the detections from the thresholds on.
         metrics: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100.
         classes: (K,).
         thresholds: (K,) of scores, at which right, wrong and missed are counted.
@@ -162,7 +187,7 @@ class Analysis:
 
     truth: GroundTruth
     found: Found
-    shown: np.ndarray
+    shown: Shown
     metrics: dict[str, float | None]
     classes: list[ClassResult]
     thresholds: np.ndarray
