@@ -15,7 +15,7 @@ from retina_plugin.cli import main
 from retina_plugin.data import FastMapper, register_datasets
 from retina_plugin.data.formats import folder_name, parse, unknown_dataset
 from retina_plugin.doctor import known_classes
-from retina_plugin.engine import Trainer, check_config, setup_cfg
+from retina_plugin.engine import Trainer, check_config, register_user_parts, setup_cfg
 from retina_plugin.errors import ConfigError
 from retina_plugin.evaluation import COCOEvaluator, FastCOCOEvaluator
 
@@ -209,3 +209,22 @@ def test_checked_and_evaluated_in_a_safe_folder(tiny_cfg, load, write, table):
     cfg.DATASETS.TRAIN = ("cvs:c/train.csv",)
     with pytest.raises(ConfigError, match=r"did you mean 'csv:c/train.csv'\?.*coco:FILE.json"):
         check_config(cfg)
+
+
+def _spawned(folder, cfg, results):
+    os.chdir(folder)
+    register_user_parts(cfg)
+    results.put((len(DatasetCatalog.get(CSV)), MetadataCatalog.get(CSV).json_file))
+
+
+@pytest.mark.slow
+def test_spawned_process_registers_them_too(tiny_cfg, load, table, tmp_path):
+    """It gets the config only, as the processes of several GPUs do."""
+    load(CSV)
+    tiny_cfg.DATASETS.TRAIN = (CSV,)
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=_spawned, args=(str(tmp_path), tiny_cfg, results))
+    process.start()
+    assert results.get(timeout=120) == (1, str(json_file(CSV)))
+    process.join()
