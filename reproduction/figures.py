@@ -25,7 +25,7 @@ from reproduction.plots import curves, speed, star, trained_model
 from reproduction.plots.style import STYLE, Plot, save
 from retina_plugin.errors import ConfigError, check_choice
 
-__all__ = ["FIGURES", "main"]
+__all__ = ["FIGURES", "argument_parser", "main"]
 
 Draw = Callable[[argparse.Namespace], Plot]
 

@@ -38,9 +38,10 @@ def speed_and_accuracy(points_file: Path | None = None) -> Plot:
     own = [] if points_file is None else read_points(points_file)
     figure, (axes,) = new_figure(8.2, 5.4)
     rows: list[Sequence[Any]] = []
+    models = load_paper()["1e"].rows
     for depth, colour, marker in ((50, BLUE, "o"), (101, ORANGE, "D")):
-        of_depth = _rows(depth)
-        points = [_paper_point(row) for row in of_depth]
+        of_depth = _of_depth(models, depth)
+        points = [Point(row.name, row.metrics["ms"], row.metrics["AP"]) for row in of_depth]
         rows += [("RetinaNet, Table 1e", *point) for point in points]
         label = f"RetinaNet, ResNet-{depth}-FPN"
         axes.plot(
@@ -89,8 +90,9 @@ def by_image_size() -> Plot:
     figure, (accuracy, time) = new_figure(9.6, 4.6, columns=2)
     curves = [("APl", "large objects", PINK), ("AP", "all objects", BLACK)]
     curves += [("APm", "medium", GREEN), ("APs", "small", ORANGE)]
+    models = load_paper()["1e"].rows
     for depth, line, marker in ((50, "--", "o"), (101, "-", "D")):
-        rows = _rows(depth)
+        rows = _of_depth(models, depth)
         sizes = [_size(row) for row in rows]
         for metric, name, colour in curves:
             values = [row.metrics[metric] for row in rows]
@@ -105,10 +107,9 @@ def by_image_size() -> Plot:
     accuracy.set(xlabel=size, ylabel="AP (%), COCO test-dev", ylim=(0, None), xlim=(None, 920))
     time.set(xlabel=size, ylabel="time an image (ms), Nvidia M40", ylim=(0, None))
     for axes in (accuracy, time):
-        axes.set_xticks([_size(row) for row in _rows(50)])
+        axes.set_xticks(sizes)
         axes.legend()
     figure.suptitle("RetinaNet by image size (Table 1e of the paper)", fontsize=12)
-    models = load_paper()["1e"].rows
     table = [[row.name, *row.metrics.values()] for row in models]
     return Plot(figure, {"": (["model", *models[0].metrics], table)})
 
@@ -162,16 +163,12 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _rows(depth: int) -> list[Row]:
-    return [r for r in load_paper()["1e"].rows if r.settings["MODEL.RESNETS.DEPTH"] == depth]
+def _of_depth(models: Sequence[Row], depth: int) -> list[Row]:
+    return [row for row in models if row.settings["MODEL.RESNETS.DEPTH"] == depth]
 
 
 def _size(row: Row) -> int:
     return row.settings["INPUT.MIN_SIZE_TEST"]
-
-
-def _paper_point(row: Row) -> Point:
-    return Point(row.name, row.metrics["ms"], row.metrics["AP"])
 
 
 def _annotate(

@@ -1,12 +1,7 @@
 """Figure 7: FL* by gamma and beta, and which settings train a good model.
 
 The paper's figure shows many settings, but only the AP of the two in Table 3 is published. Beside
-them stands what a ledger has. To try other settings::
-
-    python -m reproduction.reproduce 3 --scale mini --rows FL --ledger star.json
-    python -m reproduction.reproduce 3 --scale mini --rows "FL* gamma=2 beta=1" --ledger star.json \
-        --set MODEL.RETINANET.FOCAL_STAR_GAMMA 3 MODEL.RETINANET.FOCAL_STAR_BETA 0
-    python -m reproduction.figures fig7 --ledger star.json
+them stands what a ledger has. docs/reproduction.md says how to try other settings.
 """
 
 from __future__ import annotations
@@ -114,7 +109,7 @@ def of_ledger(ledger: Ledger, scale: str) -> Source | None:
     gap = paper_FL - load_figures()["7"]["effective_above"]
     stars = [Setting(gamma, beta, tuple(APs)) for (gamma, beta), APs in found.items()]
     rule = f"AP > {FL - gap:.1f}, FL's {FL:.1f} less {gap:g}"
-    return Source(f"our ledger, {scale} scale", _ordered(stars), FL - gap, rule)
+    return Source(f"the ledger, {scale} scale", _ordered(stars), FL - gap, rule)
 
 
 def settings(ledger_file: Path) -> Plot:
@@ -126,7 +121,7 @@ def settings(ledger_file: Path) -> Plot:
     if not ledger_file.is_file():
         raise ConfigError(f"--ledger: no file {ledger_file}")
     try:
-        ledger = Ledger(ledger_file)
+        ledger = Ledger(ledger_file, claims=())
         measured = [of_ledger(ledger, scale) for scale in ("paper", "mini")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
@@ -137,9 +132,8 @@ def settings(ledger_file: Path) -> Plot:
     trained = [(s.gamma, s.beta) for source in sources for s in source.settings]
     columns = {"x_t": x_t}
     for gamma, beta in sorted({*_GRID, *trained}):
-        columns[f"FL* gamma={gamma:g} beta={beta:g}"] = FocalLossStar(gamma=gamma, beta=beta).value(
-            x_t
-        )
+        loss = FocalLossStar(gamma=gamma, beta=beta)
+        columns[f"FL* gamma={gamma:g} beta={beta:g}"] = loss.value(x_t)
     figure, panels = new_figure(max(6.8, 5.0 * len(sources)), 4.6, columns=len(sources))
     for axes, source in zip(panels, sources):
         _panel(axes, source)

@@ -88,10 +88,8 @@ def _labelled(cfg: CfgNode) -> CfgNode:
     """A config whose training mapper gives images as in a test, but with their ground truth."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = (
-        (cfg.INPUT.MIN_SIZE_TEST,),
-        "choice",
-    )
+    cfg.INPUT.MIN_SIZE_TRAIN = (cfg.INPUT.MIN_SIZE_TEST,)
+    cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
     cfg.INPUT.MAX_SIZE_TRAIN = cfg.INPUT.MAX_SIZE_TEST
     cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED = "none", False
     cfg.DATALOADER.ON_BAD_IMAGE = "error"
