@@ -23,6 +23,7 @@ COMMANDS = {
     "check": "evaluate an exported file beside the model that it was made of",
     "init": "write the config for a dataset and this machine, each value with its reason",
     "doctor": "check a config, its datasets, images and anchors before a training",
+    "split": "make a training and a validation set of one dataset",
     "convert": "convert the weights of another library, with the config that belongs to them",
     "replay": "repeat a training step whose loss or gradient was not finite",
     "diff": "show which keys differ between two configs",

@@ -22,7 +22,7 @@ from detectron2.utils.events import EventStorage
 from retina_plugin.doctor import StepCost
 from retina_plugin.errors import ConfigError
 
-from .setup import import_user_modules
+from .setup import register_user_parts
 from .trainer import Trainer
 
 __all__ = ["measure_step"]
@@ -84,7 +84,7 @@ def _run(
 ) -> None:
     logging.disable(logging.WARNING)  # what a training says has no place between findings
     try:
-        import_user_modules(cfg)
+        register_user_parts(cfg)
         with tempfile.TemporaryDirectory() as folder:
             cfg.defrost()
             cfg.OUTPUT_DIR = folder
