@@ -1,8 +1,8 @@
 """Two drawn datasets of other shape than the digits, for ``python -m benchmarks.init_recipe``.
 
-Objects are drawn on random crops of scikit-learn's two photos, as the embedded digits are. ``cells``
-has few images with many small boxes of two classes; ``rods`` has one class of long thin boxes. Each
-has train, dev (to try rules) and val (to report), drawn from different random streams.
+Objects are drawn on random crops of scikit-learn's two photos, as the embedded digits are.
+``cells`` has few images with many small boxes of two classes; ``rods`` has one class of long thin
+boxes. Each has train, dev (to try rules) and val (to report), drawn from different random streams.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -48,7 +49,8 @@ class DrawnSet:
 def _cells(rng: np.random.Generator, photos: Photos) -> Scene:
     """A scene of 192 px with 20 to 40 discs and rings of 6 to 14 px."""
     image = _crop(rng, photos, (192, 192))
-    boxes, classes = [], []
+    boxes: list[list[int]] = []
+    classes: list[int] = []
     for _ in range(int(rng.integers(20, 41))):
         side = int(rng.integers(6, 15))
         box = _free_place(rng, image, boxes, side, side)
@@ -56,18 +58,21 @@ def _cells(rng: np.random.Generator, photos: Photos) -> Scene:
             continue
         x, y, _, _ = box
         kind = int(rng.integers(2))
-        mask = _mask(image.shape[:2], lambda fine, k: _disc(fine, x, y, side, kind, k))
-        _paint(rng, image, mask)
+        _paint(rng, image, _disc(image.shape[:2], x, y, side, is_ring=kind == 1))
         boxes.append(box)
         classes.append(kind)
     return image, boxes, classes
 
 
-def _disc(fine: np.ndarray, x: int, y: int, side: int, kind: int, k: int) -> None:
+def _disc(shape: tuple[int, ...], x: int, y: int, side: int, is_ring: bool) -> np.ndarray:
+    """(H, W) opacity in [0, 1], drawn at eight times the size."""
+    k = 8
+    fine = np.zeros((shape[0] * k, shape[1] * k), np.uint8)
     centre = (round((x + side / 2) * k), round((y + side / 2) * k))
     cv2.circle(fine, centre, round(side / 2 * k), 255, -1)
-    if kind == 1:  # a ring
+    if is_ring:
         cv2.circle(fine, centre, round(side / 4 * k), 0, -1)
+    return cv2.resize(fine, shape[::-1], interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
 
 def _rods(rng: np.random.Generator, photos: Photos) -> Scene:
@@ -106,19 +111,9 @@ def _free_place(
         return None
     for _ in range(_TRIES):
         x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-        if not any(
-            x < a + c and a < x + w and y < b + d and b < y + h for a, b, c, d in boxes
-        ):
+        if not any(x < a + c and a < x + w and y < b + d and b < y + h for a, b, c, d in boxes):
             return [x, y, w, h]
     return None
-
-
-def _mask(shape: tuple[int, ...], draw: Callable[[np.ndarray, int], None]) -> np.ndarray:
-    """(H, W) opacity in [0, 1] of what is drawn at eight times the size."""
-    k = 8
-    fine = np.zeros((shape[0] * k, shape[1] * k), np.uint8)
-    draw(fine, k)
-    return cv2.resize(fine, shape[::-1], interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
 
 def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray) -> None:
@@ -155,7 +150,7 @@ def write_set(name: str, folder: Path) -> dict[str, str]:
 
 def _write_split(root: Path, split: str, scenes: list[Scene], classes: list[str]) -> None:
     (root / split).mkdir()
-    images, annotations = [], []
+    images, annotations = [], list[dict[str, Any]]()
     for index, (image, boxes, labels) in enumerate(scenes, start=1):
         name, (height, width) = f"{index:04d}.png", image.shape[:2]
         pixels = np.clip(image.round(), 0, 255).astype(np.uint8)

@@ -135,8 +135,9 @@ def init_config(names: dict[str, str], folder: Path, seconds: float) -> str:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a table of Markdown."""
-    keys = ("set", "arm", "seed", "size", "batch", "learning_rate", "iterations")
-    keys += ("cpu_seconds", "wall_seconds", "AP", "AP50")
+    keys = (
+        "set arm seed size batch learning_rate iterations cpu_seconds wall_seconds AP AP50".split()
+    )
     return tabulate([[r[key] for key in keys] for r in results], keys, tablefmt="github")
 
 

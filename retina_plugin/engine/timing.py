@@ -79,9 +79,7 @@ def _death(cfg: CfgNode, exit_code: int | None) -> str:
     return f"the process of the timed step ended with status {exit_code}, see above"
 
 
-def _run(
-    cfg: CfgNode, processes: int, clock: Callable[[], float], sender: Connection
-) -> None:
+def _run(cfg: CfgNode, processes: int, clock: Callable[[], float], sender: Connection) -> None:
     logging.disable(logging.WARNING)  # what a training says has no place between findings
     try:
         register_user_parts(cfg)

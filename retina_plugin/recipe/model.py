@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from detectron2.data import MetadataCatalog
 
 from retina_plugin.doctor.anchors import AnchorGrid
 from retina_plugin.doctor.flips import flip_findings
@@ -54,7 +53,8 @@ def decide_classes(recipe: Recipe, facts: Facts) -> None:
         recipe.set(
             "DATASETS.TEST",
             (),
-            "no --val was given: no AP is measured. `retina split` makes train and val of one set",
+            "no --val was given: no AP is measured. `retina split DATASET --output DIR` makes "
+            "train and val of one set",
         )
         recipe.warn("no --val was given, so no AP is measured: `retina split` makes a val set")
     else:
@@ -206,8 +206,6 @@ def _decide_matches(recipe: Recipe, facts: Facts, fit: AnchorFit) -> None:
 def decide_flips(recipe: Recipe, facts: Facts) -> None:
     """No flip that makes one class look like another."""
     key = "INPUT.RANDOM_FLIP"
-    if MetadataCatalog.get(facts.train).get("thing_classes") is None:
-        return
     found = next(iter(flip_findings(recipe.cfg, facts.class_names)), None)
     if found is not None:
         recipe.set(key, "none", f"the base's {found.what}")

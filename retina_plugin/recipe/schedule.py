@@ -22,6 +22,7 @@ __all__ = [
     "decide_schedule",
     "decide_workers",
     "drawn_images",
+    "plan",
 ]
 
 # The paper's schedule on COCO (section 4.1): 90,000 iterations of 16 images at a rate of .01
@@ -84,9 +85,7 @@ def plan(facts: Facts, scratch: bool, seconds: float, hours: float | None) -> Pl
     return Plan(max(drawn, 1), evaluations, drawn < wanted)
 
 
-def batch_size(
-    cfg: CfgNode, drawn: float, holds: int, processes: int
-) -> tuple[int, str]:
+def batch_size(cfg: CfgNode, drawn: float, holds: int, processes: int) -> tuple[int, str]:
     """Images of a batch, and why: the base's, less where memory or the number of steps asks for it.
 
     Args:
@@ -149,10 +148,11 @@ def decide_schedule(recipe: Recipe, facts: Facts, plan: Plan, seconds: float, de
     text = f"{_number(epochs)} epochs of {facts.images:,} images. "
     if plan.is_cut:
         text += f"--hours holds no more; without it there would be {_number(full)} epochs"
-        recipe.warn(
-            f"--hours holds {_number(epochs)} epochs; for a set of this size {_number(full)} would "
-            "be right"
-        ) if epochs < full / 4 else None
+        if epochs < full / 4:
+            recipe.warn(
+                f"--hours holds {_number(epochs)} epochs; the rule for a set of this size asks for "
+                f"{_number(full)}"
+            )
     else:
         text += "The paper's 12 of 118,287, and more for a smaller set: by the square root of " + (
             f"its size, and {_SCRATCH_LENGTH} times for random weights (arXiv:1811.08883)"
@@ -215,7 +215,9 @@ def decide_workers(
         processes: that train.
         on_gpu: whether the cores have nothing else to do.
     """
-    text = f"reading an image takes {1000 * reading:.3g} ms, training on it {1000 * seconds:.3g} ms"
+    text = (
+        f"reading an image takes {reading * 1000:,.0f} ms, training on it {seconds * 1000:,.0f} ms"
+    )
     if not on_gpu and reading <= _READING * seconds:
         recipe.set("DATALOADER.NUM_WORKERS", 0, f"{text}: a process for it would only cost memory")
         return
