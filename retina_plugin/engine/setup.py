@@ -50,8 +50,8 @@ def setup_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
     """A config: the defaults, then the file with its bases, then the overrides.
 
     The modules of ``IMPORTS`` are imported, and datasets whose names hold a path are registered
-    (see :func:`.register_datasets`). ``OUTPUT_DIR`` becomes ``output/<name of the file>`` if neither
-    the file nor ``opts`` sets it.
+    (see :func:`.register_datasets`). ``OUTPUT_DIR`` becomes ``output/<name of the file>`` if
+    neither the file nor ``opts`` sets it.
 
         cfg = setup_cfg("retina_R50_600.yaml", ["SOLVER.MAX_ITER", "1000"])
 

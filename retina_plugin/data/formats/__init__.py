@@ -7,7 +7,8 @@ compare with it where it is right. It is not used, because it
 
 - VOC: leaves out files in folders of ``Annotations`` and files called ``.XML``, reads every split
   as all images, gives images without ``<size>`` the size 0, refuses encodings other than UTF-8,
-  reads ``a &amp; b`` as "b", and takes ``<filename>`` even where that is another file than the image;
+  reads ``a &amp; b`` as "b", and takes ``<filename>`` even where that is another file
+  than the image;
 - YOLO: drops the ending of file names, images without labels, and folders within a split; refuses
   ``names: {0: car}``, byte-order marks and polygons; does not turn images by their EXIF
   orientation; and lets NaN pass.
