@@ -5,6 +5,9 @@ VENV ?= .venv
 RUN = "$(VENV)/bin/python"
 # On all cores, a file of tests on one of them. Each test has one thread: more would wait in turns.
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+# One after the other, by name: a test that ends the process is the last line. tests/deploy has its
+# own process, because it loads three other runtimes, each with its own threads.
+SLOW = OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -v
 SETUP = PYTHON="$(PYTHON)" requirements/setup.sh
 # Another interpreter is another stamp, so that setup.sh sees it and says what to do.
 INSTALLED := $(VENV)/installed-$(shell "$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -36,7 +39,8 @@ test: lint ## lint, types and tests
 	$(PYTEST)
 
 test-slow: setup ## what takes minutes: the tests marked slow, and ten minutes of fuzzing
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
+	$(SLOW) --ignore tests/deploy
+	$(SLOW) tests/deploy
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/fuzz --hypothesis-profile=long
 
 demo: setup ## train and evaluate on the embedded digits

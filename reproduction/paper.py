@@ -18,6 +18,7 @@ __all__ = [
     "Table",
     "checkout",
     "load_claims",
+    "load_figures",
     "load_paper",
 ]
 
@@ -119,6 +120,11 @@ def load_claims(path: Path = PAPER) -> list[Claim]:
     """The orderings that the paper reports, in the order of the file."""
     claims = yaml.safe_load(path.read_text(encoding="utf-8"))["claims"]
     return [Claim(**{**claim, "worse": tuple(claim["worse"])}) for claim in claims]
+
+
+def load_figures(path: Path = PAPER) -> dict[str, dict[str, Any]]:
+    """Number of a figure -> what it shows beside the rows of the tables, as the file has it."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["figures"]
 
 
 def _table(

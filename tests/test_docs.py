@@ -30,6 +30,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from benchmarks import command as benchmarks
+from reproduction import figures
 from retina_plugin.cli import COMMANDS
 from retina_plugin.cli import main as retina
 from retina_plugin.deploy.page import fetch_onnxruntime_web
@@ -49,6 +50,14 @@ SHIPPED = [
     f"retina export {DEMO} --output digits.onnx",
     f"retina check digits.onnx {DEMO}",
     "python standalone.py digits.onnx street.jpg --score 0.5 --draw drawn",
+]
+
+FIGURES = [
+    "python -m reproduction.figures fig1 fig5 fig6 table1e",
+    "python -m reproduction.figures fig2 --points mine.csv",
+    "python -m reproduction.figures fig4 --config-file my.yaml --weights model_final.pth "
+    "--images 500",
+    "python -m reproduction.figures fig7 --ledger star.json",
 ]
 
 # Commands that are only parsed, and why. Everything else is run.
@@ -75,6 +84,10 @@ PARSED_ONLY = {
     "python -m benchmarks --stage loss --device cuda": "a GPU",
     "python -m reproduction.reproduce 1b --scale paper": "COCO, GPUs",
     'python -m reproduction.reproduce 1b --scale mini --rows "gamma=2" --seeds 1': "takes minutes",
+    "python -m reproduction.reproduce 3 --scale mini --rows FL --ledger star.json": "takes minutes",
+    'python -m reproduction.reproduce 3 --scale mini --rows "FL* gamma=2 beta=1" --ledger '
+    "star.json --set MODEL.RETINANET.FOCAL_STAR_GAMMA 3.0": "takes minutes",
+    **dict.fromkeys(FIGURES, "tests/reproduction/test_figures.py draws them"),
 }
 
 
@@ -189,6 +202,11 @@ def try_command(command, run=True):
     elif words[:2] == ["python", "-m"] and words[2] == "benchmarks":
         assert command in PARSED_ONLY
         benchmarks.argument_parser().parse_args(words[3:])
+    elif words[:3] == ["python", "-m", "reproduction.figures"]:
+        args = figures.argument_parser().parse_args(words[3:])
+        assert {*args.names} <= {*figures.FIGURES, "all"}
+        if command not in PARSED_ONLY:
+            figures.main(words[3:])
     elif words[:2] == ["python", "standalone.py"] or words[2:3] == ["http.server"]:
         assert command in PARSED_ONLY or not run
     elif words[:2] == ["python", "-m"]:

@@ -24,7 +24,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("file", metavar="FILE", help=".onnx, .pt2 or .xml of retina export")
     add_model_arguments(parser)
     parser.add_argument(
-        "--dataset", metavar="NAME", help="a registered dataset (the first of DATASETS.TEST)"
+        "--dataset", metavar="NAME", help="as in a config (the first of DATASETS.TEST)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="its first N images only (all)")
     parser.add_argument("--output", metavar="FILE", help="write the result as JSON")

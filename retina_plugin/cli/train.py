@@ -25,8 +25,8 @@ from retina_plugin.engine import (
     argument_parser,
     check_run,
     find_config,
-    import_user_modules,
     learning_rate_warning,
+    register_user_parts,
     setup_cfg,
 )
 from retina_plugin.engine.console import console, start_log
@@ -43,7 +43,7 @@ def run_process(args: argparse.Namespace, cfg: CfgNode) -> None:
     """The work of each process: train or evaluate."""
     with console(comm.get_rank()):
         try:
-            import_user_modules(cfg)  # again, for a process that was spawned
+            register_user_parts(cfg)  # again, for a process that was spawned
             start_log(cfg, args)
             logger.info("%-11s %s", "Config", shlex.join([args.config_file, *args.opts]))
             if args.eval_only:

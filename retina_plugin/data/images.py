@@ -23,6 +23,7 @@ __all__ = [
     "check_format",
     "check_image_size",
     "check_readable",
+    "image_suffixes",
     "image_to_tensor",
     "read_image",
 ]
@@ -129,6 +130,11 @@ def _is_turned(file_name: str) -> bool:
             return header.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except Exception:  # Pillow raises many kinds of errors for a broken tag
         return False
+
+
+def image_suffixes() -> set[str]:
+    """Endings of the files that Pillow reads, in lower case with their dot."""
+    return {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def check_format(image_format: str) -> None:

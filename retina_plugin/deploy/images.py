@@ -10,8 +10,10 @@ import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog
 
+from retina_plugin.data import register_datasets
+from retina_plugin.data.formats import similar_datasets
 from retina_plugin.data.images import BadImageError, read_image
-from retina_plugin.errors import ConfigError, did_you_mean, first_line
+from retina_plugin.errors import ConfigError, first_line
 from retina_plugin.predict.sources import find_inputs, is_video
 
 __all__ = ["find_images", "image_files", "readable_images", "resized_batch"]
@@ -49,6 +51,7 @@ def image_files(sources: Sequence[str]) -> list[str]:
     files: list[str] = []
     missing: list[str] = []
     for source in sources:
+        register_datasets([source])
         if source in DatasetCatalog:
             try:
                 records = DatasetCatalog.get(source)
@@ -60,7 +63,7 @@ def image_files(sources: Sequence[str]) -> list[str]:
             found = find_inputs([source], lambda path, error: None)
             files += [path for path in found if isinstance(path, str) and not is_video(path)]
         else:
-            hint = did_you_mean(source, DatasetCatalog.list())
+            hint = similar_datasets(source)
             raise ConfigError(f"{source} is no image, folder or dataset{hint}")
     if not files:
         why = "; ".join(missing) or f"{', '.join(sources) or 'no source'} has none"

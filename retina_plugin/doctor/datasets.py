@@ -14,7 +14,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from retina_plugin.errors import ConfigError, did_you_mean
+from retina_plugin.data.formats import FORMATS, parse, register_datasets, unknown_dataset
+from retina_plugin.errors import ConfigError
 
 from .annotations import check_annotations
 from .findings import Finding, Severity
@@ -31,7 +32,11 @@ _COCO_LAYOUT = (
     "(for test-dev also coco/annotations/image_info_test-dev2017.json and coco/test2017/)"
 )
 # Where functions come from that give what Detectron2 reads from the annotation file.
-_COCO_LOADERS = ("detectron2.data.datasets.coco", "retina_plugin.data.digits")
+_COCO_LOADERS = (
+    "detectron2.data.datasets.coco",
+    "retina_plugin.data.digits",
+    "retina_plugin.data.formats.catalog",
+)
 
 _FIX_IMAGE = "put them in place, or remove them from the annotations"
 _EMPTY_IMAGE = Kind(_ERROR, "image files of 0 bytes", _FIX_IMAGE)
@@ -43,10 +48,9 @@ def dataset_records(name: str) -> list[dict[str, Any]]:
     Raises:
         ConfigError: no dataset has that name, or its function fails; the line has the place.
     """
+    register_datasets([name])
     if name not in DatasetCatalog:
-        raise ConfigError(
-            f"no dataset '{name}' is registered{did_you_mean(name, DatasetCatalog.list())}"
-        )
+        raise ConfigError(unknown_dataset(name))
     try:
         return DatasetCatalog.get(name)
     except ConfigError:
@@ -90,13 +94,14 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> I
 
 
 def _check_files(key: str, name: str) -> Iterator[Finding]:
+    register_datasets([name])
     if name not in DatasetCatalog:
         yield Finding(
             _ERROR,
             key,
-            f"no dataset '{name}' is registered{did_you_mean(name, DatasetCatalog.list())}",
-            "register yours with detectron2.data.datasets.register_coco_instances before training "
-            "(see the README)",
+            unknown_dataset(name),
+            f"name yours by its format and path, {', '.join(FORMATS.values())} (see "
+            "docs/datasets.md), or register it from a module of IMPORTS",
         )
         return
     metadata = MetadataCatalog.get(name)
@@ -106,6 +111,9 @@ def _check_files(key: str, name: str) -> Iterator[Finding]:
             prepare()
         except ModuleNotFoundError as error:  # an extra is not installed; the message says which
             yield Finding(_ERROR, key, f"{name}: {error}")
+            return
+        except ConfigError as error:  # data of another format that cannot be read
+            yield Finding(_ERROR, key, str(error))
             return
     for attribute in ("json_file", "image_root"):
         path = os.fspath(metadata.get(attribute) or "")
@@ -117,6 +125,8 @@ def _check_files(key: str, name: str) -> Iterator[Finding]:
                 f"put COCO under {root} as {_COCO_LAYOUT}, or set the environment variable "
                 "DETECTRON2_DATASETS to the folder that holds coco/"
             )
+        elif parse(name):
+            fix = "paths are relative to the folder that the command runs in"
         else:
             fix = f"check the {attribute} with which the dataset was registered"
         yield Finding(_ERROR, key, f"{name} has no {attribute} at {path}", fix)

@@ -69,7 +69,7 @@ class AnchorSuggestion:
 
 
 def suggest_anchors(
-    cfg: CfgNode, grid: AnchorGrid, gt: GroundTruth, fit: AnchorFit
+    cfg: CfgNode, grid: AnchorGrid, gt: GroundTruth, fit: AnchorFit, *, resize: bool = True
 ) -> AnchorSuggestion | None:
     """Anchors that raise the recall by at least 2 percentage points; None if none were found.
 
@@ -79,7 +79,8 @@ def suggest_anchors(
     while the recall of a sample grows. The result is measured on all boxes.
 
     The number of anchors at a location and the size of the images stay, unless they are plainly not
-    enough. A generator other than Detectron2's default has no such sizes and ratios: None.
+    enough; the size stays in any case without ``resize``. A generator other than Detectron2's
+    default has no such sizes and ratios: None.
     """
     if not isinstance(grid.generator, DefaultAnchorGenerator):
         return None
@@ -95,7 +96,7 @@ def suggest_anchors(
             other = search.best(*more, ratios)
             if search.recall(other) > recall + _CLEAR_GAIN:
                 found, recall = other, search.recall(other)
-    for factor in _FACTORS:
+    for factor in _FACTORS if resize else ():
         if recall < _ENOUGH and 0 not in fit.sizes:  # 0: not resized
             other_sizes, other_max = scaled_sizes(cfg, gt, fit.sizes, factor)
             other_search = _Search(grid, gt, other_sizes, other_max, fit)

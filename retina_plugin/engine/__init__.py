@@ -8,6 +8,7 @@ from .setup import (
     import_user_modules,
     learning_rate_warning,
     load_config,
+    register_user_parts,
     setup_cfg,
 )
 from .trainer import Trainer
@@ -25,5 +26,6 @@ __all__ = [
     "learning_rate_warning",
     "load_config",
     "prepare_model",
+    "register_user_parts",
     "setup_cfg",
 ]

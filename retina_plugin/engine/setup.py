@@ -18,6 +18,7 @@ from detectron2.config.compat import guess_version
 from detectron2.engine import default_argument_parser
 
 from retina_plugin.config import REMOVED_KEYS, add_retina_config, flatten
+from retina_plugin.data import register_datasets
 from retina_plugin.errors import ConfigError, did_you_mean
 
 from .config_files import base_and_own, find_config, load_config, merge
@@ -28,6 +29,7 @@ __all__ = [
     "import_user_modules",
     "learning_rate_warning",
     "load_config",
+    "register_user_parts",
     "setup_cfg",
 ]
 
@@ -47,7 +49,8 @@ def argument_parser() -> argparse.ArgumentParser:
 def setup_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
     """A config: the defaults, then the file with its bases, then the overrides.
 
-    The modules of ``IMPORTS`` are imported. ``OUTPUT_DIR`` becomes ``output/<name of the file>`` if
+    The modules of ``IMPORTS`` are imported, and datasets whose names hold a path are registered
+    (see :func:`.register_datasets`). ``OUTPUT_DIR`` becomes ``output/<name of the file>`` if
     neither the file nor ``opts`` sets it.
 
         cfg = setup_cfg("retina_R50_600.yaml", ["SOLVER.MAX_ITER", "1000"])
@@ -91,7 +94,7 @@ def setup_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
         raise ConfigError(_explain(error, cfg, config_file)) from None
     if default_output_dir == cfg.OUTPUT_DIR:
         cfg.OUTPUT_DIR = os.path.join("output", Path(config_file).stem)
-    import_user_modules(cfg)
+    register_user_parts(cfg)
     return cfg
 
 
@@ -150,6 +153,18 @@ def learning_rate_warning(config_file: str, cfg: CfgNode) -> str | None:
                 f"{old_rate * batch / old_batch:.4g}"
             )
     return None
+
+
+def register_user_parts(cfg: CfgNode) -> None:
+    """Import ``IMPORTS``, and register the datasets whose names say where they are.
+
+    Each process needs it, also one that was spawned with a config.
+
+    Raises:
+        ConfigError: see :func:`import_user_modules` and :func:`.register_datasets`.
+    """
+    import_user_modules(cfg)
+    register_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
 
 
 def import_user_modules(cfg: CfgNode) -> None:

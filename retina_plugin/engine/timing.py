@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from detectron2.utils.events import EventStorage
 from retina_plugin.doctor import StepCost
 from retina_plugin.errors import ConfigError
 
-from .setup import import_user_modules
+from .setup import register_user_parts
 from .trainer import Trainer
 
 __all__ = ["measure_step"]
@@ -30,7 +31,9 @@ _STEPS = 3
 _ENOUGH = 60.0  # seconds after which no other step is begun
 
 
-def measure_step(cfg: CfgNode, processes: int = 1) -> StepCost:
+def measure_step(
+    cfg: CfgNode, processes: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> StepCost:
     """Train for a few steps, as ``retina train`` would, and throw the result away.
 
     The steps run in a process of their own: its highest memory is that of the training, and if
@@ -41,13 +44,14 @@ def measure_step(cfg: CfgNode, processes: int = 1) -> StepCost:
         cfg: a checked config.
         processes: that would train; one of them is measured, with its part of the batch and
             without the exchange of gradients.
+        clock: gives seconds; ``time.process_time`` where other programs disturb the wall clock.
 
     Raises:
         ConfigError: the process was killed, or the training cannot start.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_run, args=(cfg.clone(), processes, sender))
+    child = context.Process(target=_run, args=(cfg.clone(), processes, clock, sender))
     child.start()
     sender.close()  # so that its end is seen here when the child dies
     try:
@@ -75,21 +79,21 @@ def _death(cfg: CfgNode, exit_code: int | None) -> str:
     return f"the process of the timed step ended with status {exit_code}, see above"
 
 
-def _run(cfg: CfgNode, processes: int, sender: Connection) -> None:
+def _run(cfg: CfgNode, processes: int, clock: Callable[[], float], sender: Connection) -> None:
     logging.disable(logging.WARNING)  # what a training says has no place between findings
     try:
-        import_user_modules(cfg)
+        register_user_parts(cfg)
         with tempfile.TemporaryDirectory() as folder:
             cfg.defrost()
             cfg.OUTPUT_DIR = folder
-            sender.send(_measure(cfg, processes))
+            sender.send(_measure(cfg, processes, clock))
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
         sender.send(f"{name}{lines[-1]}")
 
 
-def _measure(cfg: CfgNode, processes: int) -> StepCost:
+def _measure(cfg: CfgNode, processes: int, clock: Callable[[], float]) -> StepCost:
     cfg.SOLVER.IMS_PER_BATCH = max(cfg.SOLVER.IMS_PER_BATCH // processes, cfg.SOLVER.ACCUMULATE)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
@@ -98,11 +102,11 @@ def _measure(cfg: CfgNode, processes: int) -> StepCost:
     with EventStorage(0) as trainer.storage:
         while len(times) <= _STEPS and sum(times) < _ENOUGH:
             trainer.iter = trainer.storage.iter = len(times)
-            start = time.perf_counter()
+            start = clock()
             trainer.run_step()
             if is_gpu:
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
     device = f"cpu ({torch.get_num_threads()} threads)"
     memory, total = _peak_memory(), _total_memory()
     if is_gpu:

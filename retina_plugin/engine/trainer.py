@@ -21,6 +21,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from retina_plugin.data import DATASET_MAPPER_REGISTRY
+from retina_plugin.data.formats import folder_name
 from retina_plugin.data.loader import build_train_loader
 from retina_plugin.data.views import build_test_mapper
 from retina_plugin.evaluation import EVALUATOR_REGISTRY
@@ -224,10 +225,11 @@ class Trainer(ResumableTrainer):
         """The evaluator that ``TEST.EVALUATOR`` names.
 
         Args:
-            output_dir: where its files go; None: OUTPUT_DIR/inference/DATASET_NAME.
+            output_dir: where its files go; None: OUTPUT_DIR/inference/NAME, see
+                :func:`.folder_name`.
         """
         if output_dir is None:
-            output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+            output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", folder_name(dataset_name))
         return EVALUATOR_REGISTRY.build(cfg, dataset_name, output_dir)
 
     def state_dict(self) -> dict[str, Any]:

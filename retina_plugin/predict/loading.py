@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from retina_plugin.config import add_retina_config
+from retina_plugin.data import register_datasets
 from retina_plugin.doctor import config as config_checks
 from retina_plugin.doctor import raise_errors
 from retina_plugin.engine import check_devices, check_weights, prepare_model, setup_cfg
@@ -50,6 +51,7 @@ def prediction_cfg(
             cfg.merge_from_list(list(opts))
         except (KeyError, AssertionError, ValueError) as error:
             raise ConfigError(f"opts: {' '.join(str(error).split())}") from None
+        register_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     else:
         cfg = setup_cfg(os.fspath(config), list(opts))
     if os.fspath(weights):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from retina_plugin.data.images import image_suffixes
 from retina_plugin.errors import ConfigError, one_line
 
 from .images import as_bgr
@@ -51,7 +51,7 @@ def list_folder(folder: str | os.PathLike[str], *, videos: bool = False) -> list
     Args:
         videos: also those of videos.
     """
-    images = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images = image_suffixes()
     known = images | _VIDEOS if videos else images - _VIDEOS  # Pillow opens .mpg, but no frame
     try:
         with os.scandir(os.fspath(folder)) as entries:

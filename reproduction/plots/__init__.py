@@ -1,0 +1,1 @@
+"""The paper's figures: the command is ``reproduction/figures.py``."""
