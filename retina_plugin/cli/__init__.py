@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": "detect in images, folders, videos and webcams",
     "export": "write a detector as ONNX, pt2 or OpenVINO, compared with the model",
     "check": "evaluate an exported file beside the model that it was made of",
+    "report": "show on a page what a model gets right and wrong",
     "init": "write the config for a dataset and this machine, each value with its reason",
     "doctor": "check a config, its datasets, images and anchors before a training",
     "split": "make a training and a validation set of one dataset",
