@@ -31,9 +31,9 @@ except ModuleNotFoundError as error:
 with warnings.catch_warnings():
     # Detectron2 and fvcore use it at import, and their users cannot change that.
     warnings.filterwarnings("ignore", message="`torch.jit.script` is ")
-    from . import data, losses, modeling
+    from . import analysis, data, losses, modeling
 from .config import add_retina_config, get_config_file
 
 __version__ = "0.1.0"
 
-__all__ = ["add_retina_config", "data", "get_config_file", "losses", "modeling"]
+__all__ = ["add_retina_config", "analysis", "data", "get_config_file", "losses", "modeling"]

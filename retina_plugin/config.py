@@ -256,11 +256,13 @@ KEYS: dict[str, Key] = {
         "float32",
         ("float32", "bfloat16", "float16"),
     ),
-    "TEST.EVALUATOR": Key(
-        "What computes the metrics of `DATASETS.TEST`: a name in `EVALUATOR_REGISTRY`. "
-        "`FastCOCOEvaluator` and `COCOEvaluator` (Detectron2's) give the same numbers; only the "
-        "latter also writes `instances_predictions.pth`.",
-        "FastCOCOEvaluator",
+    "TEST.EVALUATORS": Key(
+        "What is computed of the detections in `DATASETS.TEST`, in one pass over the images: names "
+        "in `EVALUATOR_REGISTRY`. `FastCOCOEvaluator` and `COCOEvaluator` (Detectron2's) give the "
+        "same AP; only the latter also writes `instances_predictions.pth`. `ReportEvaluator` "
+        "writes the page of `retina report` and what each type of error costs. Your own is "
+        "registered by a file of `IMPORTS`.",
+        ("FastCOCOEvaluator",),
     ),
 }
 
@@ -361,6 +363,7 @@ REMOVED_KEYS: dict[str, str] = {
     "SOLVER.DDP.COMPRESSION": "delete it; register a communication hook on the trainer's model",
     "SOLVER.DDP.GRADIENT_AS_BUCKET_VIEW": "delete it; it was never measured to help",
     "SOLVER.DDP.STATIC_GRAPH": "delete it; it was never measured to help",
+    "TEST.EVALUATOR": "write TEST.EVALUATORS, a list of names: ('FastCOCOEvaluator',)",
     "SOLVER.LR_PER_IMAGE": (
         "delete it; set SOLVER.BASE_LR and SOLVER.IMS_PER_BATCH together, or "
         "SOLVER.REFERENCE_WORLD_SIZE to scale both with the number of GPUs"

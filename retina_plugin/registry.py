@@ -35,7 +35,14 @@ class ComponentRegistry(Registry):
         Raises:
             ConfigError: nothing is registered under that name; the message lists what is.
         """
-        name = reduce(getattr, self.key.split("."), cfg)
+        return self.build_named(reduce(getattr, self.key.split("."), cfg), cfg, *args)
+
+    def build_named(self, name: str, cfg: Any, *args: Any) -> Any:
+        """Build the component of a name, which may be one of several that the key lists.
+
+        Raises:
+            ConfigError: see :meth:`build`.
+        """
         check_choice(self.key, name, [*self.aliases, *sorted(k for k, _ in self)])
         cls = self.get(self.aliases.get(name, name))
         return cls(**cls.from_config(cfg, *args))

@@ -175,7 +175,7 @@ def test_test_dev_is_an_override(row):
     (test_set,) = cfg.DATASETS.TEST
     assert test_set in DatasetCatalog
     assert "image_info_test-dev2017.json" in MetadataCatalog.get(test_set).json_file
-    assert cfg.TEST.EVALUATOR == "FastCOCOEvaluator"
+    assert cfg.TEST.EVALUATORS == ("FastCOCOEvaluator",)
     assert len(MetadataCatalog.get("coco_2017_val").thing_classes) == 80
     assert cfg.MODEL.RETINANET.NUM_CLASSES == 80
 

@@ -183,7 +183,7 @@ def compare_ap(
     """Evaluate a file and the model on the same resized images, one at a time.
 
     Images, resizing and metrics are those of an evaluation: ``INPUT.MAPPER`` and
-    ``TEST.EVALUATOR`` of the config.
+    the first of ``TEST.EVALUATORS``.
 
     Args:
         cfg, model: see :func:`.load_for_export`.
@@ -208,7 +208,9 @@ def compare_ap(
     times: dict[str, list[float]] = {name: [] for name in runs}
     with tempfile.TemporaryDirectory() as folder:
         evaluators = {
-            name: EVALUATOR_REGISTRY.build(cfg, dataset, os.path.join(folder, name))
+            name: EVALUATOR_REGISTRY.build_named(
+                cfg.TEST.EVALUATORS[0], cfg, dataset, os.path.join(folder, name)
+            )
             for name in runs
         }
         for evaluator in evaluators.values():

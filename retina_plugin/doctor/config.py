@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from detectron2.config import CfgNode, get_cfg
 from PIL import Image
 
-from retina_plugin.errors import ConfigError
+from retina_plugin.errors import ConfigError, check_choice
+from retina_plugin.evaluation import EVALUATOR_REGISTRY
 from retina_plugin.losses import check_backend
+from retina_plugin.optional import optional
 
 from .findings import Finding, Severity
 from .values import check_values, is_list, is_number
@@ -47,6 +49,7 @@ def check_config(cfg: CfgNode, eval_only: bool = False) -> Iterator[Finding]:
         (_check_training_sizes, True),
         (_check_loss, True),
         (_check_views, False),
+        (_check_evaluators, False),
         (_check_roi_heads, False),
     ]
     for check, training in checks:
@@ -60,6 +63,18 @@ def check_config(cfg: CfgNode, eval_only: bool = False) -> Iterator[Finding]:
             continue
         # A key that is impossible by itself needs no second finding.
         yield from (finding for finding in found if finding.where not in impossible)
+
+
+def _check_evaluators(cfg: CfgNode) -> Iterator[Finding]:
+    """Now, because the trainer builds them only when the first evaluation begins."""
+    key = EVALUATOR_REGISTRY.key
+    for name in cfg.TEST.EVALUATORS if cfg.DATASETS.TEST else ():
+        try:
+            check_choice(key, name, sorted(known for known, _ in EVALUATOR_REGISTRY))
+            for package in getattr(EVALUATOR_REGISTRY.get(name), "PACKAGES", ()):
+                optional(package, name)
+        except ConfigError as error:
+            yield _error(key, str(error).removeprefix(f"{key}: "))
 
 
 def _error(key: str, what: str, fix: str = "") -> Finding:

@@ -103,6 +103,10 @@ _ALWAYS: dict[str, _Need] = {
     "MODEL.RETINANET.TOPK_CANDIDATES_TEST": _whole(1),
     "TEST.AUG.ENABLED": _BOOL,
     "TEST.DETECTIONS_PER_IMAGE": _whole(1),
+    "TEST.EVALUATORS": _Need(
+        "a list of at least one name, each once",
+        lambda v: is_list(v) and len(set(v)) == len(v) > 0,
+    ),
 }
 
 # What both need where another key asks for it: (key, its value) -> what it needs.

@@ -24,7 +24,7 @@ from retina_plugin.data import DATASET_MAPPER_REGISTRY
 from retina_plugin.data.formats import folder_name
 from retina_plugin.data.loader import build_train_loader
 from retina_plugin.data.views import build_test_mapper
-from retina_plugin.evaluation import EVALUATOR_REGISTRY
+from retina_plugin.evaluation import build_evaluators
 from retina_plugin.modeling.monitoring import LOG_PERIOD
 from retina_plugin.modeling.normalizer import LossNormalizer
 from retina_plugin.weights import Checkpointer
@@ -47,7 +47,7 @@ _NO_EVALUATION: Mapping[str, Any] = {}
 class Trainer(ResumableTrainer):
     """``DefaultTrainer`` with this package's keys, and with what a training should leave behind.
 
-    The keys are ``TEST.EVALUATOR``, ``INPUT.MAPPER``, ``SOLVER.AMP``, ``SOLVER.ACCUMULATE`` and
+    The keys are ``TEST.EVALUATORS``, ``INPUT.MAPPER``, ``SOLVER.AMP``, ``SOLVER.ACCUMULATE`` and
     those of speed and memory (``MODEL.COMPILE``, ...). It also keeps the best checkpoint by AP,
     shows a progress bar on a terminal and draws pictures at the end. A training that was killed and
     is resumed ends as if nothing had happened (see :class:`.resume.ResumableTrainer`).
@@ -222,7 +222,7 @@ class Trainer(ResumableTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_dir: str | None = None
     ) -> DatasetEvaluator:
-        """The evaluator that ``TEST.EVALUATOR`` names.
+        """The evaluators that ``TEST.EVALUATORS`` names, as one.
 
         Args:
             output_dir: where its files go; None: OUTPUT_DIR/inference/NAME, see
@@ -230,7 +230,7 @@ class Trainer(ResumableTrainer):
         """
         if output_dir is None:
             output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", folder_name(dataset_name))
-        return EVALUATOR_REGISTRY.build(cfg, dataset_name, output_dir)
+        return build_evaluators(cfg, dataset_name, output_dir)
 
     def state_dict(self) -> dict[str, Any]:
         """Detectron2's state and the moving average of the loss normaliser."""

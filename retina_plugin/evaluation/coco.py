@@ -29,7 +29,7 @@ from .detections import Detections, as_rows, fill_in, optional_import
 __all__ = ["EVALUATOR_REGISTRY", "COCOEvaluator", "FastCOCOEvaluator"]
 
 # Entries are Detectron2 ``DatasetEvaluator``s with from_config(cfg, dataset_name, output_dir).
-EVALUATOR_REGISTRY = ComponentRegistry("TEST.EVALUATOR")
+EVALUATOR_REGISTRY = ComponentRegistry("TEST.EVALUATORS")
 
 logger = logging.getLogger("retina_plugin")
 
@@ -138,8 +138,8 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
 
     def _raise_unsupported(self, what: str) -> None:
         raise ConfigError(
-            f"TEST.EVALUATOR FastCOCOEvaluator evaluates boxes, but the model predicts {what}: "
-            "set TEST.EVALUATOR COCOEvaluator"
+            f"FastCOCOEvaluator evaluates boxes, but the model predicts {what}: "
+            "use COCOEvaluator in TEST.EVALUATORS"
         )
 
     def evaluate(self, img_ids: Sequence[int] | None = None) -> dict[str, dict[str, float]]:
@@ -154,17 +154,10 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         Raises:
             ConfigError: a detection's class or image is not in the dataset.
         """
-        predictions = self._predictions
-        if self._distributed:
-            comm.synchronize()
-            predictions = list(itertools.chain(*comm.gather(predictions, dst=0)))
-            if not comm.is_main_process():
-                return {}
+        predictions = self.gather()
         if not predictions:
-            logger.warning("%s: no image was evaluated", self._dataset_name)
             return {}
-
-        category_ids = self._category_ids(predictions)
+        category_ids = self.category_ids(predictions)
         if self._output_dir:
             self._write(predictions, category_ids)
         if not self._do_evaluation:
@@ -177,8 +170,24 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         names = self._metadata.get("thing_classes")
         return OrderedDict(bbox=self._derive_coco_results(summary, "bbox", class_names=names))
 
-    def _category_ids(self, predictions: list[Detections]) -> list[int] | None:
-        """The dataset's category id of each class; None if ids are the classes themselves."""
+    def gather(self) -> list[Detections]:
+        """The detections of all processes; none on every process but the first."""
+        predictions = self._predictions
+        if self._distributed:
+            comm.synchronize()
+            predictions = list(itertools.chain(*comm.gather(predictions, dst=0)))
+            if not comm.is_main_process():
+                return []
+        if not predictions:
+            logger.warning("%s: no image was evaluated", self._dataset_name)
+        return predictions
+
+    def category_ids(self, predictions: list[Detections]) -> list[int] | None:
+        """The dataset's category id of each class; None if ids are the classes themselves.
+
+        Raises:
+            ConfigError: a detection's class is not in the dataset.
+        """
         mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if mapping is None:
             return None

@@ -1,6 +1,8 @@
-"""COCO's metrics, the results file, and how TEST.EVALUATOR chooses an evaluator."""
+"""COCO's metrics, the results file, and how TEST.EVALUATORS chooses evaluators."""
 
 import json
+import logging
+import sys
 
 import numpy as np
 import pytest
@@ -12,9 +14,16 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from retina_plugin.engine import Trainer
+from retina_plugin.engine import Trainer, check_config, setup_cfg
+from retina_plugin.engine.report import metrics_by_dataset
 from retina_plugin.errors import ConfigError
-from retina_plugin.evaluation import EVALUATOR_REGISTRY, COCOEvaluator, FastCOCOEvaluator, coco
+from retina_plugin.evaluation import (
+    EVALUATOR_REGISTRY,
+    COCOEvaluator,
+    FastCOCOEvaluator,
+    build_evaluators,
+    coco,
+)
 
 NAME = "test_evaluator_boxes"
 CATEGORIES = [3, 7, 90]  # not contiguous, as COCO's
@@ -151,7 +160,7 @@ def test_no_detections_at_all(dataset, tmp_path, evaluate):
 
 
 def test_trainer_builds_the_evaluator_of_the_config(tiny_cfg):
-    """TEST.EVALUATOR names it. It gets the dataset's name and a folder for this dataset."""
+    """TEST.EVALUATORS names it. It gets the dataset's name and a folder for this dataset."""
 
     class MyEvaluator(DatasetEvaluator):
         def __init__(self, **kwargs):
@@ -163,11 +172,11 @@ def test_trainer_builds_the_evaluator_of_the_config(tiny_cfg):
 
     default = Trainer.build_evaluator(tiny_cfg, "digits_scenes_val")
     assert isinstance(default, FastCOCOEvaluator)
-    tiny_cfg.TEST.EVALUATOR = "COCOEvaluator"
+    tiny_cfg.TEST.EVALUATORS = ("COCOEvaluator",)
     assert isinstance(Trainer.build_evaluator(tiny_cfg, "digits_scenes_val"), COCOEvaluator)
     EVALUATOR_REGISTRY.register(MyEvaluator)
     try:
-        tiny_cfg.TEST.EVALUATOR = "MyEvaluator"
+        tiny_cfg.TEST.EVALUATORS = ("MyEvaluator",)
         evaluator = Trainer.build_evaluator(tiny_cfg, "digits_scenes_val")
     finally:
         EVALUATOR_REGISTRY._obj_map.pop("MyEvaluator")
@@ -178,10 +187,94 @@ def test_trainer_builds_the_evaluator_of_the_config(tiny_cfg):
     }
 
 
+class Counting(DatasetEvaluator):
+    """Counts images and detections."""
+
+    def __init__(self, key):
+        self.key = key
+
+    def reset(self):
+        self.images = 0
+
+    def process(self, inputs, outputs):
+        self.images += len(inputs)
+
+    def evaluate(self):
+        return {self.key: {"images": self.images}}
+
+
+@pytest.fixture
+def registered():
+    """Registers a class under a name for the time of a test."""
+    names = []
+
+    def register(name, key):
+        cls = type(name, (Counting,), {"from_config": staticmethod(lambda *_: {"key": key})})
+        EVALUATOR_REGISTRY.register(cls)
+        names.append(name)
+
+    yield register
+    for name in names:
+        EVALUATOR_REGISTRY._obj_map.pop(name)
+
+
+def test_evaluators_share_one_pass(tiny_cfg, registered):
+    """Each sees every image once, and the results stand side by side."""
+    registered("MyEvaluator", "mine")
+    tiny_cfg.TEST.EVALUATORS = ("FastCOCOEvaluator", "MyEvaluator")
+    results = Trainer.test(tiny_cfg, Trainer.build_model(tiny_cfg))
+    assert list(results) == ["bbox", "mine"]
+    assert results["mine"] == {"images": len(DatasetCatalog.get(tiny_cfg.DATASETS.TEST[0]))}
+    found = metrics_by_dataset(tiny_cfg, results)[tiny_cfg.DATASETS.TEST[0]]
+    assert {"bbox AP", "mine images"} <= found.keys()
+
+
+def test_results_of_the_same_name_are_both_kept(tiny_cfg, registered, caplog):
+    registered("First", "mine")
+    registered("Second", "mine")
+    tiny_cfg.TEST.EVALUATORS = ("First", "Second")
+    evaluator = build_evaluators(tiny_cfg, "digits_scenes_val", "unused")
+    for _ in range(2):
+        evaluator.reset()
+        evaluator.process([{}], [{}])
+        with caplog.at_level(logging.WARNING, "retina_plugin"):
+            results = evaluator.evaluate()
+    assert results == {"mine": {"images": 1}, "mine_Second": {"images": 1}}
+    assert caplog.text.count("results named mine") == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), r"must be a list of at least one name, each once, got \(\)"),
+        (("FastCOCOEvaluator",) * 2, "each once"),
+        ("FastCOCOEvaluator", "must be a list"),
+        (("CocoEvaluator",), "unknown 'CocoEvaluator'.*known: COCOEvaluator"),
+    ],
+)
+def test_bad_lists_are_found_before_the_training(tiny_cfg, names, message):
+    tiny_cfg.TEST.EVALUATORS = names
+    with pytest.raises(ConfigError, match=rf"TEST\.EVALUATORS:? .*{message}"):
+        check_config(tiny_cfg)
+
+
+def test_missing_package_of_an_evaluator_is_found_before_the_training(tiny_cfg, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    tiny_cfg.TEST.EVALUATORS = ("FastCOCOEvaluator", "ReportEvaluator")
+    with pytest.raises(ConfigError, match=r"ReportEvaluator needs plotly"):
+        check_config(tiny_cfg)
+
+
+def test_the_key_of_one_evaluator_says_what_to_write(tmp_path):
+    (tmp_path / "old.yaml").write_text('TEST: {EVALUATOR: "COCOEvaluator"}')
+    with pytest.raises(ConfigError, match=r"TEST\.EVALUATOR no longer exists: .*EVALUATORS"):
+        setup_cfg(str(tmp_path / "old.yaml"))
+
+
 def test_unknown_evaluator_raises(tiny_cfg):
     """One line that lists the known ones."""
-    tiny_cfg.TEST.EVALUATOR = "CocoEvaluator"
-    with pytest.raises(ConfigError, match=r"TEST\.EVALUATOR: .*'CocoEvaluator'.*COCOEvaluator"):
+    tiny_cfg.TEST.EVALUATORS = ("CocoEvaluator",)
+    with pytest.raises(ConfigError, match=r"TEST\.EVALUATORS: .*'CocoEvaluator'.*COCOEvaluator"):
         Trainer.build_evaluator(tiny_cfg, "digits_scenes_val")
 
 

@@ -374,7 +374,7 @@ def test_masks_keypoints_and_proposals_raise(dataset, extra):
     else:
         instances.set(extra, torch.zeros(len(instances), 1))
     evaluator = evaluator_of(FastCOCOEvaluator, [])
-    with pytest.raises(ConfigError, match=rf"{extra}: set TEST\.EVALUATOR COCOEvaluator"):
+    with pytest.raises(ConfigError, match=rf"{extra}: use COCOEvaluator in TEST\.EVALUATORS"):
         evaluator.process([{"image_id": image_id}], [output])
 
 

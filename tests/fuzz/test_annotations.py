@@ -11,7 +11,7 @@ from detectron2.data.datasets import register_coco_instances
 from retina_plugin.data import FastMapper
 from retina_plugin.doctor import raise_errors
 from retina_plugin.doctor.datasets import check_datasets
-from retina_plugin.evaluation import EVALUATOR_REGISTRY
+from retina_plugin.evaluation import build_evaluators
 from tests.fuzz.counting import fuzz
 from tests.fuzz.mutation import (
     JUNK,
@@ -104,7 +104,7 @@ def assert_right(content, records, training, cfg, warned):
 
 def assert_evaluated(cfg, records, folder):
     """Perfect detections are scored without an error."""
-    evaluator = EVALUATOR_REGISTRY.build(cfg, NAME, str(folder / "output"))
+    evaluator = build_evaluators(cfg, NAME, str(folder / "output"))
     evaluator.reset()
     results = evaluator.evaluate()
     assert "bbox" in results or not results

@@ -156,7 +156,7 @@ def test_no_more_detections_than_asked_for(tiny_cfg, model, records):
 def test_evaluation_detects_in_the_views(tiny_cfg, model, records, evaluator, precision):
     """From the config alone: the numbers are those of the views' own detections."""
     tiny_cfg.TEST.AUG.MIN_SIZES, tiny_cfg.TEST.AUG.FLIP = (48, 64), False
-    tiny_cfg.TEST.EVALUATOR, tiny_cfg.TEST.PRECISION = evaluator, precision
+    tiny_cfg.TEST.EVALUATORS, tiny_cfg.TEST.PRECISION = (evaluator,), precision
     seen = []
     evaluators = Trainer.build_evaluator(tiny_cfg, "digits_scenes_val")
     process = evaluators.process
