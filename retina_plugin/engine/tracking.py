@@ -140,7 +140,7 @@ class WandbWriter(Tracker):
     def start(self, cfg: CfgNode, run: str | None) -> str:
         import wandb
 
-        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
             # It would ask for a key, and the training would wait for the answer.
             raise ConfigError("no login: run `wandb login`, or set WANDB_MODE=offline")
         run = run or uuid.uuid4().hex[:8]
