@@ -32,11 +32,12 @@ from retina_plugin.weights import Checkpointer
 from .checkpoint import Checkpoints, best_checkpoint
 from .checks import check_batch_size, check_num_classes, check_precision
 from .heartbeat import HeartbeatHook
-from .hooks import Evaluation, Progress, Results
+from .hooks import Evaluation, Pictures, Progress, Results
 from .performance import build_detector, prepare_model, training_dtype
 from .resume import ResumableTrainer
 from .step import StepTrainer
 from .step_record import write_record
+from .tracking import build_trackers
 from .writers import Writers
 
 __all__ = ["Trainer"]
@@ -143,7 +144,12 @@ class Trainer(ResumableTrainer):
             if cfg.DATASETS.TEST:
                 built.append(best_checkpoint(cfg, self.checkpointer))
             # Before the writers, which write what the others measure.
-            built += [Progress(cfg), Writers(lambda: trainer.build_writers()), Results(cfg)]
+            built += [
+                Pictures(cfg),
+                Progress(cfg),
+                Writers(lambda: trainer.build_writers()),
+                Results(cfg),
+            ]
         return built
 
     def _build_precise_bn(self) -> hooks.PreciseBN | None:
@@ -162,6 +168,7 @@ class Trainer(ResumableTrainer):
         return [
             CommonMetricPrinter(self.max_iter),
             JSONWriter(os.path.join(folder, "metrics.json")),
+            *build_trackers(self.cfg),  # before TensorBoard's, which takes the pictures away
             TensorboardXWriter(folder, purge_step=self._last_written("TensorboardXWriter") + 1),
         ]
 
