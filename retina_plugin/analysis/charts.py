@@ -85,7 +85,7 @@ def confused_classes(analysis: Analysis) -> list[int]:
 
 def _classes(go: Any, analysis: Analysis) -> Any:
     known = [k for k, c in enumerate(analysis.classes) if c.metrics["AP"] is not None]
-    order = sorted(known, key=lambda k: analysis.classes[k].metrics["AP"])[:MOST_CLASSES]
+    order = sorted(known, key=lambda k: analysis.classes[k].metrics["AP"] or 0.0)[:MOST_CLASSES]
     rows = [analysis.classes[k] for k in order]
     texts = [
         f"{_name(c.name)}<br>AP {_number(c.metrics['AP'])}, AP50 {_number(c.metrics['AP50'])}"

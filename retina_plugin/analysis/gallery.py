@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import cv2
@@ -12,7 +13,6 @@ import numpy as np
 from retina_plugin.data.images import BadImageError, check_image_size, read_image
 
 from .cases import group_by_image
-from .ground_truth import GroundTruth
 from .result import Analysis, Case, Shown
 
 __all__ = ["Gallery", "Mark", "Picture"]
@@ -184,7 +184,7 @@ class Gallery:
         return pixels
 
 
-def _part(boxes: list[_Box], width: float, height: float) -> tuple[float, float, float, float]:
+def _part(boxes: Sequence[_Box], width: float, height: float) -> tuple[float, float, float, float]:
     """XYWH of the part of an image that shows boxes and what is around them."""
     corners = np.array([[x, y, x + w, y + h] for x, y, w, h in boxes])
     x0, y0 = corners[:, :2].min(axis=0)
@@ -202,19 +202,16 @@ def _shown_size(part: tuple[float, float, float, float]) -> tuple[int, int]:
     return max(1, round(scale * part[2])), max(1, round(scale * part[3]))
 
 
-def _mark(
-    part: tuple[float, float, float, float], box: _Box, kind: str, label: str = ""
-) -> Mark:
+def _mark(part: tuple[float, float, float, float], box: _Box, kind: str, label: str = "") -> Mark:
     """Without a label it is not a main one."""
     scale = min(_WIDTH / part[2], _HEIGHT / part[3])
     x, y, width, height = (float(v) for v in box)
-    place = ((x - part[0]) * scale, (y - part[1]) * scale, width * scale, height * scale)
-    return Mark(kind, *(round(v, 1) for v in place), label=label, main=bool(label))
+    left, top = (x - part[0]) * scale, (y - part[1]) * scale
+    sides = round(left, 1), round(top, 1), round(width * scale, 1), round(height * scale, 1)
+    return Mark(kind, *sides, label, bool(label))
 
 
-def _encode(
-    pixels: np.ndarray, part: tuple[float, float, float, float], shown_width: int
-) -> str:
+def _encode(pixels: np.ndarray, part: tuple[float, float, float, float], shown_width: int) -> str:
     x, y, width, height = (round(v) for v in part)
     cut = pixels[y : y + max(height, 1), x : x + max(width, 1)]
     scale = _SHARP * shown_width / cut.shape[1]

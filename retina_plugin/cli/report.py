@@ -91,13 +91,10 @@ def main(argv: list[str] | None = None) -> None:
     shown = [f"{k} {metrics[k]:.1f}" for k in ("AP", "AP50", "AP75") if metrics[k] is not None]
     print(f"{dataset}: {', '.join(shown) or 'no AP, because there are no objects'}")
     if analysis.comparison is not None:
-        change = analysis.comparison.metrics["AP"]
-        if change["lower"] is not None:
-            print(
-                "Against     AP {difference:+.1f} (95 % interval {lower:+.1f} to {upper:+.1f})".format(
-                    **change
-                )
-            )
+        ap = analysis.comparison.metrics["AP"]
+        difference, lower, upper = ap["difference"], ap["lower"], ap["upper"]
+        if difference is not None and lower is not None and upper is not None:
+            print(f"Against     AP {difference:+.1f} (95 % interval {lower:+.1f} to {upper:+.1f})")
     print(f"Page        {page}")
 
 

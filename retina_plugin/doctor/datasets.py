@@ -142,7 +142,7 @@ def _check_content(cfg: CfgNode, name: str, roles: list[str]) -> tuple[list[Find
     json_file = None if json_file is None else os.fspath(json_file)
     by_detectron2 = DatasetCatalog[name].__module__ in _COCO_LOADERS
     # A function of its own may read another format; COCO's evaluation reads the file all the same.
-    read = by_detectron2 or (test and any("COCO" in name for name in cfg.TEST.EVALUATORS))
+    read = by_detectron2 or (test and _reads_coco(cfg))
     if read and json_file is not None and "://" not in json_file:
         try:
             with _no_garbage_collection():
@@ -184,10 +184,15 @@ def _check_content(cfg: CfgNode, name: str, roles: list[str]) -> tuple[list[Find
                     a for annotations in lists if isinstance(annotations, list) for a in annotations
                 ]
                 found += _check_boxes_left(cfg, name, flat)
-        if test and json_file is None and not classes and any("COCO" in name for name in cfg.TEST.EVALUATORS):
+        if test and json_file is None and not classes and _reads_coco(cfg):
             fix = f"MetadataCatalog.get('{name}').thing_classes = [...]"
             found.append(Finding(_ERROR, name, "has no class names, which COCO's AP needs", fix))
     return found, classes
+
+
+def _reads_coco(cfg: CfgNode) -> bool:
+    """Whether an evaluator reads COCO's format: by its name, as users write their own."""
+    return any("COCO" in name for name in cfg.TEST.EVALUATORS)
 
 
 @contextlib.contextmanager

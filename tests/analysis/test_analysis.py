@@ -1,0 +1,235 @@
+"""The numbers of a report, against pycocotools and short computations of their own."""
+
+import contextlib
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from retina_plugin.analysis import GroundTruth, analyze
+from retina_plugin.errors import ConfigError
+
+NAMES = ["cat", "dog", "cow <b>"]
+
+
+def dataset(images=12, classes=NAMES):
+    """Objects of three sizes on images of 400 px, one of each class; image 3 has none."""
+    annotations = []
+    for image in range(1, images + 1):
+        for k in range(len(classes)) if image != 3 else ():
+            side = (20, 50, 100)[(image + k) % 3]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image,
+                    "category_id": 10 * k + 5,
+                    "bbox": [5.0 + 130 * k, 7.0, side, side],
+                    "area": side * side,
+                    "iscrowd": int(image == 5 and k == 0),
+                }
+            )
+    return {
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "width": 400, "height": 200}
+            for i in range(1, images + 1)
+        ],
+        "annotations": annotations,
+        "categories": [{"id": 10 * k + 5, "name": n} for k, n in enumerate(classes)],
+    }
+
+
+def detections(coco, seed=0, quality=0.1):
+    """Most objects, moved a little, some with another class; and some boxes on the background."""
+    rng = np.random.default_rng(seed)
+    ids = [c["id"] for c in coco["categories"]]
+    found = []
+    for a in coco["annotations"]:
+        if rng.random() < 0.85:
+            x, y, w, h = a["bbox"]
+            dx, dy = rng.normal(0, quality * w, 2)
+            category = a["category_id"] if rng.random() < 0.8 else int(rng.choice(ids))
+            found.append((a["image_id"], category, [x + dx, y + dy, w, h], rng.uniform(0.3, 1)))
+    for image in coco["images"]:
+        box = [float(rng.uniform(0, 150)), 150.0, 30.0, 30.0]
+        found.append((image["id"], int(rng.choice(ids)), box, float(rng.uniform(0, 0.6))))
+    keys = ("image_id", "category_id", "bbox", "score")
+    return [dict(zip(keys, row)) for row in found]
+
+
+@pytest.fixture(scope="module")
+def coco():
+    return dataset()
+
+
+@pytest.fixture(scope="module")
+def truth(coco):
+    return GroundTruth.from_coco(coco, "test")
+
+
+@pytest.fixture(scope="module")
+def results(coco):
+    return detections(coco)
+
+
+@pytest.fixture(scope="module")
+def analysis(truth, results):
+    return analyze(truth, results)
+
+
+def pycocotools(coco, results):
+    with contextlib.redirect_stdout(io.StringIO()):
+        api = COCO()
+        api.dataset = coco
+        api.createIndex()
+        evaluation = COCOeval(api, api.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def test_ap_is_that_of_pycocotools(analysis, coco, results):
+    """Overall, by class, by size and by IoU."""
+    expected = pycocotools(coco, results)
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
+    for name, value in zip(names, expected.stats):
+        assert analysis.metrics[name] == pytest.approx(100 * value, abs=1e-9), name
+    precision = expected.eval["precision"]  # IoU, recall, class, area, limit
+    for k, c in enumerate(analysis.classes):
+        for place, name in enumerate(("AP", "APs", "APm", "APl")):
+            values = precision[:, :, k, place, 2]
+            mean = 100 * values[values > -1].mean() if (values > -1).any() else None
+            assert c.metrics[name] == (None if mean is None else pytest.approx(mean, abs=1e-9))
+    by_iou = 100 * precision[:, :, :, 0, 2].mean(axis=(1, 2))
+    assert analysis.curves.ap_by_iou == pytest.approx(by_iou, abs=1e-9)
+
+
+def test_every_object_and_detection_is_counted_once(analysis, coco):
+    """Right, wrong and missed, and the confusion matrix with its background."""
+    objects = sum(not a["iscrowd"] for a in coco["annotations"])
+    assert analysis.right + analysis.missed == objects
+    assert analysis.right + analysis.wrong == len(analysis.shown.found)
+    assert sum(image.right for image in analysis.images) == analysis.right
+    matrix = analysis.confusion.astype(int)
+    assert matrix[:-1].sum() == objects and matrix[-1, -1] == 0
+
+
+def test_best_threshold_has_the_best_f1(analysis):
+    """Tried at every score."""
+    for c in analysis.classes:
+        assert c.best.f1 == pytest.approx(
+            2 * c.best.precision * c.best.recall / (c.best.precision + c.best.recall)
+        )
+    best = analysis.overall
+    assert best.f1 >= analysis.curves.sweep[2].max() - 1e-9
+
+
+def test_perfect_detections_leave_nothing_to_say(truth, coco):
+    perfect = [
+        {**{k: a[k] for k in ("image_id", "category_id", "bbox")}, "score": 0.9}
+        for a in coco["annotations"]
+        if not a["iscrowd"]
+    ]
+    analysis = analyze(truth, perfect)
+    assert analysis.metrics["AP"] == pytest.approx(100)
+    assert (analysis.wrong, analysis.missed) == (0, 0)
+    assert not any(analysis.cases.values())
+    assert all(error.cost == pytest.approx(0) for error in analysis.errors)
+
+
+def test_error_types_are_told_apart(coco, truth):
+    """One wrong class in each image costs AP as a wrong class, not as background."""
+    ids = [c["id"] for c in coco["categories"]]
+    swapped = [
+        {
+            "image_id": a["image_id"],
+            "category_id": ids[(ids.index(a["category_id"]) + 1) % 3]
+            if a["category_id"] == 5
+            else a["category_id"],
+            "bbox": a["bbox"],
+            "score": 0.9,
+        }
+        for a in coco["annotations"]
+        if not a["iscrowd"]
+    ]
+    analysis = analyze(truth, swapped)
+    assert analysis.errors[0].name == "Cls" and analysis.errors[0].cost > 20
+    assert {c.kind for cases in analysis.cases.values() for c in cases} <= {"swap", "suspect"}
+
+
+def test_better_model_is_better_by_its_interval(coco, truth, results):
+    better = detections(coco, quality=0.01)
+    comparison = analyze(truth, better, results).comparison
+    ap = comparison.metrics["AP"]
+    assert ap["lower"] <= ap["difference"] <= ap["upper"] and ap["difference"] > 5
+    same = analyze(truth, results, results).comparison
+    assert same.metrics["AP"]["difference"] == 0 and not same.changed
+
+
+def test_json_has_no_nan(analysis):
+    content = json.loads(analysis.to_json())
+    assert content["metrics"]["AP"] == analysis.metrics["AP"]
+
+    def numbers(value):
+        if isinstance(value, dict):
+            value = list(value.values())
+        return [y for x in value for y in numbers(x)] if isinstance(value, list) else [value]
+
+    assert all(math.isfinite(x) for x in numbers(content) if isinstance(x, float))
+
+
+@pytest.mark.parametrize(
+    "case", ["no detections", "no objects", "one class", "text ids", "no area, no iscrowd"]
+)
+def test_odd_sets(case):
+    coco = dataset(images=4, classes=NAMES[:1] if case == "one class" else NAMES)
+    results = [] if case == "no detections" else detections(coco)
+    if case == "no objects":
+        coco["annotations"] = []
+    if case == "text ids":
+        for entry in (*coco["annotations"], *results):
+            entry["image_id"] = f"image {entry['image_id']}"
+        for image in coco["images"]:
+            image["id"] = f"image {image['id']}"
+    if case.startswith("no area"):
+        for entry in coco["annotations"]:
+            del entry["area"], entry["iscrowd"]
+    analysis = analyze(GroundTruth.from_coco(coco, "test"), results)
+    json.loads(analysis.to_json())
+    assert (analysis.metrics["AP"] is None) == (case == "no objects")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": float("nan")}, r"detection 1 has the score nan"),
+        ({"score": 2}, r"detection 1 has the score 2"),
+        ({"bbox": [1, 2, 3]}, r"box \[1, 2, 3\]"),
+        ({"bbox": [1, 2, float("inf"), 3]}, "inf"),
+        ({"category_id": 99}, r"class 99, which test does not have"),
+        ({"image_id": 99}, r"99.* another dataset"),
+        ({"image_id": None}, "None"),
+    ],
+)
+def test_bad_detections_are_one_line(truth, change, message):
+    good = {"image_id": 1, "category_id": 5, "bbox": [1, 2, 3, 4], "score": 0.5}
+    with pytest.raises(ConfigError, match=message) as error:
+        analyze(truth, [{**good, **change}])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "is empty"), ("{", "JSON"), ('{"images": []}', "not a list"), ("[1]", "entry 1")],
+)
+def test_bad_files_are_one_line(truth, tmp_path, content, message):
+    (tmp_path / "found.json").write_text(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        analyze(truth, tmp_path / "found.json")
+    assert str(tmp_path / "found.json") in str(error.value)
+    with pytest.raises(ConfigError, match=r"missing\.json"):
+        analyze(truth, tmp_path / "missing.json")
