@@ -46,6 +46,9 @@ PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "do
 
 DEMO = "--config-file quick/digits_R18.yaml --weights output/digits_R18/model_final.pth"
 DEPLOYMENT = "docs/deployment.md"  # its commands export: they are parsed, a slow test runs them
+TUTORIAL = (
+    "docs/tutorial.md"  # its commands after the first: they are parsed, a slow test runs them
+)
 SHIPPED = [
     f"retina export {DEMO} --output digits.onnx",
     f"retina check digits.onnx {DEMO}",
@@ -197,7 +200,7 @@ def try_command(command, run=True):
             assert torchrun.parse_args(words[1:]).training_script == "train_net.py"
         args = argument_parser().parse_args(words[words.index("train_net.py") + 1 :])
         cfg = setup_cfg(args.config_file, args.opts)
-        if "coco" not in str(cfg.DATASETS):
+        if "coco_2017" not in str(cfg.DATASETS):
             check_config(cfg)
     elif words[:2] == ["python", "-m"] and words[2] == "benchmarks":
         assert command in PARSED_ONLY
@@ -218,7 +221,7 @@ def try_command(command, run=True):
         if command in PARSED_ONLY or not run:
             module = importlib.import_module(f"retina_plugin.cli.{words[1]}")
             args = module.argument_parser().parse_args(words[2:])
-            assert args.model is None or args.model in MODELS
+            assert getattr(args, "model", None) is None or args.model in MODELS
         else:
             retina(words[1:])
 
@@ -226,7 +229,7 @@ def try_command(command, run=True):
 @pytest.mark.parametrize("page", PAGES)
 def test_page(page, folder, capsys):
     tried = 0
-    run = page != DEPLOYMENT
+    run = page not in (DEPLOYMENT, TUTORIAL)
     if "net.pth" in (ROOT / page).read_text():
         _write_torchvision_weights()
     for language, text, file in blocks((ROOT / page).read_text()):
@@ -240,7 +243,7 @@ def test_page(page, folder, capsys):
             path = Path(file or "block.yaml")
             path.write_text(text)
             cfg = setup_cfg(str(path))
-            if "coco" not in str(cfg.DATASETS):
+            if "coco_2017" not in str(cfg.DATASETS):
                 check_config(cfg)
         else:
             assert language == "python", f"{page}: a block without a language that is tried"
@@ -268,6 +271,37 @@ def test_readme_ships(folder, capsys):
     assert "difference" in capsys.readouterr().out
     subprocess.run([sys.executable, *shlex.split(SHIPPED[2])[1:]], check=True)
     assert Path("drawn", "street.png").is_file()
+
+
+@pytest.mark.slow
+def test_tutorial(folder, tiny_digits, capsys):
+    """Its six commands in their order, on a folder of VOC, with a small base and few iterations."""
+    coco = json.loads((tiny_digits / "train.json").read_text())
+    names = {c["id"]: c["name"] for c in coco["categories"]}
+    (folder / "traffic" / "Annotations").mkdir(parents=True)
+    shutil.copytree(tiny_digits / "train", folder / "traffic" / "JPEGImages")
+    for image in coco["images"]:
+        objects = ""
+        for a in coco["annotations"]:
+            if a["image_id"] == image["id"]:
+                x, y, w, h = a["bbox"]
+                box = dict(xmin=x + 1, ymin=y + 1, xmax=x + w, ymax=y + h)
+                text = "".join(f"<{key}>{value}</{key}>" for key, value in box.items())
+                name = names[a["category_id"]]
+                objects += f"<object><name>{name}</name><bndbox>{text}</bndbox></object>"
+        size = f"<size><width>{image['width']}</width><height>{image['height']}</height></size>"
+        xml = folder / "traffic" / "Annotations" / f"{Path(image['file_name']).stem}.xml"
+        xml.write_text(f"<annotation>{size}{objects}</annotation>")
+    text = "".join(text for language, text, _ in blocks((ROOT / TUTORIAL).read_text()))
+    more = {"init": "--base _base_/digits_R18.yaml SOLVER.MAX_ITER 2 SOLVER.STEPS ()"}
+    commands = [shlex.split(line) for line in text.splitlines()]
+    assert [words[1] for words in commands] == "split init doctor train predict report".split()
+    for words in commands:
+        try:
+            retina([*words[1:], *more.get(words[1], "").split()])
+        except SystemExit as end:  # the doctor's exit code: warnings are expected of 8 images
+            assert words[1] == "doctor" and end.code in (0, None), end
+    assert Path("report", "report.html").is_file() and Path("found", "predictions.json").is_file()
 
 
 @pytest.mark.slow

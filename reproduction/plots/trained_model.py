@@ -23,6 +23,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from reproduction.paper import load_figures
+from retina_plugin.data import register_datasets
 from retina_plugin.data.mapper import DATASET_MAPPER_REGISTRY
 from retina_plugin.doctor import dataset_records
 from retina_plugin.engine import setup_cfg
@@ -130,6 +131,7 @@ def draw(
     dataset = dataset or cfg.DATASETS.TEST[0]
     if num_images is not None and num_images < 1:
         raise ConfigError(f"--images {num_images}: give 1 or more")
+    register_datasets([dataset])
     records: Sequence[Any] = dataset_records(dataset)
     if num_images is not None and num_images < len(records):
         order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))

@@ -22,18 +22,12 @@ from retina_plugin.engine.timing import measure_step
 from retina_plugin.errors import ConfigError
 from retina_plugin.recipe import Facts, Machine, Recipe, decide
 
-__all__ = ["main", "make_recipe", "write_recipe"]
+__all__ = ["argument_parser", "main", "make_recipe", "write_recipe"]
 
 _BASE = "retina_R50_600.yaml"
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Decide, check what was decided, and write the file.
-
-    Raises:
-        ConfigError: a dataset or the base cannot be read, the output is there already or cannot be
-            written, or a step of the training fails.
-    """
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="retina init",
         description="Write the config for a dataset and this machine, each value with its reason.",
@@ -50,7 +44,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides")
-    args = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Decide, check what was decided, and write the file.
+
+    Raises:
+        ConfigError: a dataset or the base cannot be read, the output is there already or cannot be
+            written, or a step of the training fails.
+    """
+    args = argument_parser().parse_intermixed_args(argv)
     output = Path(args.output)
     if output.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--output {output}: name a .yaml file")

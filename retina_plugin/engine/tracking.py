@@ -174,7 +174,7 @@ class WandbWriter(Tracker):
 class MLflowWriter(Tracker):
     """MLflow. ``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME`` and the like configure it."""
 
-    PACKAGE, PIP = "mlflow", "mlflow-skinny"
+    PACKAGE = PIP = "mlflow"
 
     def start(self, cfg: CfgNode, run: str | None) -> str:
         import mlflow

@@ -125,7 +125,7 @@ def test_named_trackers_are_built_and_no_other(cfg, registered):
         (("mlflow", "mlflow"), "each once"),
         (("wandbb",), "unknown 'wandbb'"),
         (("wandb",), r"wandb needs wandb .*: pip install wandb"),
-        (("mlflow",), r"mlflow needs mlflow .*: pip install mlflow-skinny"),
+        (("mlflow",), r"mlflow needs mlflow .*: pip install mlflow"),
     ],
 )
 def test_bad_trackers_are_found_before_the_training(cfg, monkeypatch, names, message):
