@@ -52,7 +52,7 @@ def analyze(
             of an evaluation or ``predictions.json`` of ``retina predict``.
         against: those of another model on the same dataset, to compare with.
         score: one threshold for all classes.
-        resamples: of the bootstrap over images that gives the interval of a difference.
+        resamples: of the images, from which the interval of a difference follows.
 
     Raises:
         ConfigError: the dataset or the predictions cannot be read or do not belong together;

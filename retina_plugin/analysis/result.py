@@ -143,10 +143,10 @@ class Comparison:
 
     Args:
         metrics: name -> {"this", "other", "difference", "lower", "upper", "better"}: AP in percent,
-            the 95 % bootstrap interval of the difference, and the share of resamples in which this
-            model is better.
+            the 95 % interval of the difference, and the probability that this model is better; None
+            where the images do not tell.
         classes: (K,) difference of AP in points; NaN where a class has no objects.
-        resamples: of the bootstrap over images.
+        resamples: of the images.
         changed: (image, mistakes of the other, mistakes of this) of the images that changed most.
         more, fewer: number of images with more and with fewer mistakes than the other's.
         other: what the other model shows.

@@ -9,7 +9,7 @@ import pytest
 
 from retina_plugin.analysis import GroundTruth, analyze, write_report
 from retina_plugin.analysis.charts import MOST_CLASSES
-from tests.analysis.test_analysis import NAMES, dataset, detections
+from tests.analysis.toy import NAMES, dataset, detections
 from tests.deploy.browser import Browser, find_browser
 
 
