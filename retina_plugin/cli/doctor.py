@@ -98,12 +98,7 @@ def _print(text: str) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the findings, write ``doctor.json`` and ``doctor.html``; status 1 if there are errors.
-
-    Raises:
-        ConfigError: a config that cannot be read, or a folder that cannot be written.
-    """
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="retina doctor",
         description="Check a config, its datasets, images and anchors before a training.",
@@ -118,7 +113,16 @@ def main(argv: list[str] | None = None) -> None:
         "--quick", action="store_true", help="read no images and measure no training step"
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the findings, write ``doctor.json`` and ``doctor.html``; status 1 if there are errors.
+
+    Raises:
+        ConfigError: a config that cannot be read, or a folder that cannot be written.
+    """
+    args = argument_parser().parse_args(argv)
     with console(0):
         config_file = find_config(args.config_file)
         cfg = setup_cfg(config_file, args.opts)
