@@ -264,13 +264,6 @@ KEYS: dict[str, Key] = {
         "registered by a file of `IMPORTS`.",
         ("FastCOCOEvaluator",),
     ),
-    "TRACKING": Key(
-        "Experiment trackers that get scalars, pictures and the config of a training: `wandb`, "
-        "`mlflow`, or a class of yours in `TRACKER_REGISTRY`. Nothing is sent unless one is named. "
-        "The client's environment variables configure it (`WANDB_PROJECT`, "
-        "`MLFLOW_TRACKING_URI`).",
-        (),
-    ),
 }
 
 # Detectron2's keys that the paper describes. Name and meaning are Detectron2's.

@@ -32,7 +32,7 @@ from retina_plugin.engine.console import console
 from retina_plugin.engine.timing import measure_step
 from retina_plugin.errors import ConfigError, one_line
 
-__all__ = ["examine", "main"]
+__all__ = ["argument_parser", "examine", "main"]
 
 _LINES = 4  # of progress, where there is no terminal
 _NARROW, _WIDE = 40, 120  # columns of the text: a finding stays readable

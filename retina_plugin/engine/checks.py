@@ -14,8 +14,6 @@ from retina_plugin.doctor import Severity, config, datasets, machine, raise_erro
 from retina_plugin.errors import ConfigError
 from retina_plugin.weights import Checkpointer
 
-from .tracking import check_trackers
-
 __all__ = [
     "check_batch_size",
     "check_compiler",
@@ -46,8 +44,6 @@ def check_run(
         The number of GPUs to use.
     """
     check_config(cfg, eval_only)
-    if not eval_only:
-        check_trackers(cfg)
     num_gpus = check_devices(cfg, num_gpus, eval_only)
     if not (resume and Checkpointer(nn.Module(), cfg.OUTPUT_DIR).has_checkpoint()):
         if eval_only and not cfg.MODEL.WEIGHTS:

@@ -53,7 +53,6 @@ _EFFECTS: dict[str, tuple[str, bool]] = {
     "INPUT": (_OTHER_DATA, True),
     "TEST": (_HONOURED, False),
     "VIS_PERIOD": ("harmless", False),
-    "TRACKING": ("harmless", False),
     "CUDNN_BENCHMARK": ("harmless, apart from rounding", False),
     "": (_HONOURED, False),
 }

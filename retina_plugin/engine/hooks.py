@@ -27,7 +27,7 @@ from . import report
 from .console import LOGGERS
 from .signals import Interrupted, StopRequests
 
-__all__ = ["Evaluation", "Pictures", "Progress", "Results"]
+__all__ = ["Evaluation", "Progress", "Results"]
 
 logger = logging.getLogger("retina_plugin")
 
@@ -93,30 +93,6 @@ class Evaluation(hooks.EvalHook):
                 *(self.trainer.iter + 1, error),
             )
             comm.synchronize()
-
-
-class Pictures(HookBase):
-    """After each evaluation, pictures of detections beside ground truth for TensorBoard.
-
-    They are of the same images each time, so that progress can be watched.
-
-    Args:
-        cfg: of the training.
-    """
-
-    def __init__(self, cfg: CfgNode) -> None:
-        self._cfg = cfg
-
-    def before_train(self) -> None:
-        self._evaluation: Mapping[str, Any] = self.trainer.last_evaluation
-
-    def after_step(self) -> None:
-        if self.trainer.last_evaluation is not self._evaluation:
-            self._evaluation = self.trainer.last_evaluation
-            report.put_detections(self._cfg, self.trainer.model, self.trainer.storage)
-
-    def after_train(self) -> None:
-        self.after_step()  # the last evaluation is after the training
 
 
 class Progress(HookBase):

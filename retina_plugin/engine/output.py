@@ -26,7 +26,7 @@ logger = logging.getLogger("retina_plugin")
 _LOCK = ".lock"
 # What a training writes and the next one in the folder would overwrite or mistake for its own.
 _FILES = re.compile(
-    r"model_\d{7}\.pth|model_(final|best)\.pth|model_best\.json|last_checkpoint|metrics\.json|tracking\.json|"
+    r"model_\d{7}\.pth|model_(final|best)\.pth|model_best\.json|last_checkpoint|metrics\.json|"
     r"events\.out\.tfevents\..*|(training_curves|detections)\.png|inference"
 )
 _ROOM = 2**18  # bytes that a disk must have; the first lines of the log and the config need them

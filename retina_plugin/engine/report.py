@@ -20,7 +20,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.evaluation import inference_context
 from detectron2.structures import BoxMode, Instances
-from detectron2.utils.events import EventStorage
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 from tabulate import tabulate
@@ -38,7 +37,6 @@ __all__ = [
     "draw_training_curves",
     "log_results",
     "metrics_by_dataset",
-    "put_detections",
     "read_metrics",
 ]
 
@@ -181,36 +179,18 @@ def _draw_detections(
     score_thresh: float,
 ) -> None:
     name = cfg.DATASETS.TEST[0]
-    drawn = list(_drawn(cfg, model, num_images, score_thresh))
-    columns = min(4, len(drawn))
-    rows = -(-len(drawn) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (title, picture) in zip(axes.flat, drawn):
-        axis.imshow(picture)
-        axis.set_title(title, fontsize=8)
-    figure.suptitle(
-        f"{name}: ground truth ({_GT_COLOUR}), detections with score > {score_thresh} "
-        f"({_DETECTION_COLOUR})"
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    logger.info("Detections against ground truth: %s", path)
-
-
-def _drawn(
-    cfg: CfgNode, model: nn.Module, num_images: int, score_thresh: float
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Title and picture (H, W, 3) of images that are taken evenly from ``DATASETS.TEST[0]``."""
-    name = cfg.DATASETS.TEST[0]
     names = MetadataCatalog.get(name).get("thing_classes")
     dataset = DatasetCatalog.get(name)
     chosen = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).round().astype(int)
     mapper = build_test_mapper(cfg)
+    columns = min(4, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
     # Only this process draws, and DistributedDataParallel would wait for the others: unwrap it.
     detector = build_detector(cfg, getattr(model, "module", model))
-    for index in chosen:
+    for axis, index in zip(axes.flat, chosen):
         record = dataset[index]
         with inference_context(detector):
             instances = detector([mapper(record)])[0]["instances"].to("cpu")
@@ -220,29 +200,15 @@ def _drawn(
         title = Path(record["file_name"]).name
         if len(truth) > _MAX_BOXES:
             title += f" ({_MAX_BOXES} of {len(truth)} true boxes)"
-        yield title, _draw(image, truth[:_MAX_BOXES], found, names)
-
-
-@torch.no_grad()
-def put_detections(
-    cfg: CfgNode,
-    model: nn.Module,
-    storage: EventStorage,
-    num_images: int = 4,
-    score_thresh: float = 0.3,
-) -> None:
-    """Put pictures like those of :func:`draw_detections` into the event storage, one an image.
-
-    If one cannot be drawn, a warning is logged. No random number is drawn.
-    """
-    if not cfg.DATASETS.TEST:
-        return
-    name = cfg.DATASETS.TEST[0]
-    with _picture(f"{name} in TensorBoard"), matplotlib.rc_context({"text.parse_math": False}):
-        for title, picture in _drawn(cfg, model, num_images, score_thresh):
-            # A writer may read it much later, and matplotlib draws on its own memory.
-            image = np.ascontiguousarray(picture.transpose(2, 0, 1))
-            storage.put_image(f"{name}/{title}", image)
+        axis.imshow(_draw(image, truth[:_MAX_BOXES], found, names))
+        axis.set_title(title, fontsize=8)
+    figure.suptitle(
+        f"{name}: ground truth ({_GT_COLOUR}), detections with score > {score_thresh} "
+        f"({_DETECTION_COLOUR})"
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    logger.info("Detections against ground truth: %s", path)
 
 
 def _truth(record: dict[str, Any]) -> np.ndarray:

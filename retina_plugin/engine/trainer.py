@@ -32,12 +32,11 @@ from retina_plugin.weights import Checkpointer
 from .checkpoint import Checkpoints, best_checkpoint
 from .checks import check_batch_size, check_num_classes, check_precision
 from .heartbeat import HeartbeatHook
-from .hooks import Evaluation, Pictures, Progress, Results
+from .hooks import Evaluation, Progress, Results
 from .performance import build_detector, prepare_model, training_dtype
 from .resume import ResumableTrainer
 from .step import StepTrainer
 from .step_record import write_record
-from .tracking import build_trackers
 from .writers import Writers
 
 __all__ = ["Trainer"]
@@ -144,12 +143,7 @@ class Trainer(ResumableTrainer):
             if cfg.DATASETS.TEST:
                 built.append(best_checkpoint(cfg, self.checkpointer))
             # Before the writers, which write what the others measure.
-            built += [
-                Pictures(cfg),
-                Progress(cfg),
-                Writers(lambda: trainer.build_writers()),
-                Results(cfg),
-            ]
+            built += [Progress(cfg), Writers(lambda: trainer.build_writers()), Results(cfg)]
         return built
 
     def _build_precise_bn(self) -> hooks.PreciseBN | None:
@@ -168,7 +162,6 @@ class Trainer(ResumableTrainer):
         return [
             CommonMetricPrinter(self.max_iter),
             JSONWriter(os.path.join(folder, "metrics.json")),
-            *build_trackers(self.cfg),  # before TensorBoard's, which takes the pictures away
             TensorboardXWriter(folder, purge_step=self._last_written("TensorboardXWriter") + 1),
         ]
 
