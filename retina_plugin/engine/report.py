@@ -192,9 +192,9 @@ def _draw_detections(
         axis.axis("off")
     drawn = draw_images(cfg, model, records, names, score_thresh)
     for axis, record, picture in zip(axes.flat, records, drawn):
-        title, truth = Path(record["file_name"]).name, len(_truth(record))
-        if truth > _MAX_BOXES:
-            title += f" ({_MAX_BOXES} of {truth} true boxes)"
+        title = Path(record["file_name"]).name
+        if len(_truth(record)) > _MAX_BOXES:
+            title += f" ({_MAX_BOXES} of {len(_truth(record))} true boxes)"
         axis.imshow(picture)
         axis.set_title(title, fontsize=8)
     figure.suptitle(

@@ -13,7 +13,6 @@ import re
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from detectron2.utils.events import EventWriter, get_event_storage
 
 from retina_plugin.cache import atomic_write
 from retina_plugin.config import flatten
+from retina_plugin.errors import first_line
 
 from .signals import Interrupted
 
@@ -32,16 +32,16 @@ __all__ = ["MLflowWriter", "TrackingWriter", "WandbWriter", "build_tracking_writ
 logger = logging.getLogger("retina_plugin")
 
 _WINDOW = 20  # iterations over which Detectron2's writers take the median
-_RECORDS = 256  # that wait for a client; at one in 20 iterations, those of some 5000 iterations
+_RECORDS = 256  # that wait for a client: those of some 5000 iterations
 _PATIENCE = 30.0  # seconds that the end of a training waits for a client
 
 
 class _Record(NamedTuple):
-    """What a training measured since the last record."""
+    """What a training measured in an iteration."""
 
-    scalars: dict[int, dict[str, float]]  # iteration -> name -> value, in order
-    pictures: list[tuple[str, Any, int]]  # name, as `put_image` got it, iteration
-    last: int  # iteration
+    step: int
+    scalars: dict[str, float]
+    pictures: dict[str, Any]  # as `put_image` got them
 
 
 class TrackingWriter(EventWriter, abc.ABC):
@@ -78,20 +78,20 @@ class TrackingWriter(EventWriter, abc.ABC):
     def write(self) -> None:
         """Hand what is new in the event storage to the client's thread."""
         storage = get_event_storage()
-        scalars: dict[int, dict[str, float]] = defaultdict(dict)
+        found: dict[int, _Record] = {}
         for name, (value, step) in storage.latest_with_smoothing_hint(_WINDOW).items():
-            if step > self._last:
-                scalars[step][name] = float(value)
+            found.setdefault(step, _Record(step, {}, {})).scalars[name] = float(value)
         # Detectron2's TensorBoard writer clears them, so it has to come after this one.
-        pictures = [picture for picture in storage._vis_data if picture[2] > self._last]
-        steps = [*scalars, *(step for _, _, step in pictures)]
-        if not steps or not self._thread.is_alive():
-            return
-        self._last = max(steps)
-        try:
-            self._queue.put_nowait(_Record(dict(sorted(scalars.items())), pictures, self._last))
-        except queue.Full:
-            self._warn("does not answer, so what it has not got is lost")
+        for name, picture, step in storage._vis_data:
+            found.setdefault(step, _Record(step, {}, {})).pictures[name] = picture
+        # In order, because Weights & Biases drops what comes after a later iteration.
+        for step in sorted(step for step in found if step > self._last):
+            self._last = step
+            if self._thread.is_alive():
+                try:
+                    self._queue.put_nowait(found[step])
+                except queue.Full:
+                    self._warn("does not answer, and loses what comes now")
 
     def close(self) -> None:
         """End the run: finished, failed or, after a signal, interrupted."""
@@ -114,11 +114,11 @@ class TrackingWriter(EventWriter, abc.ABC):
             self._save(run, last)
         while (record := self._queue.get()) is not None:
             with self._survive():
-                for step, scalars in record.scalars.items():
-                    self._log(scalars, step)
-                for name, picture, step in record.pictures:
-                    self._show(name, _to_rgb(picture), step)
-                self._save(run, record.last)
+                if record.scalars:
+                    self._log(record.scalars, record.step)
+                for name, picture in record.pictures.items():
+                    self._show(name, _to_rgb(picture), record.step)
+                self._save(run, record.step)
         with self._survive():
             self._finish(self._error)
 
@@ -130,7 +130,7 @@ class TrackingWriter(EventWriter, abc.ABC):
             self._warn("cannot write", error)
 
     def _warn(self, what: str, error: Exception | None = None) -> None:
-        text = "" if error is None else f": {' '.join(str(error).split()) or type(error).__name__}"
+        text = "" if error is None else f": {first_line(error)}"
         if not self._warned:
             logger.warning("%s %s%s. The training goes on", self.client, what, text)
         logger.debug("%s %s", self.client, what, exc_info=error)
