@@ -190,11 +190,10 @@ def _draw_detections(
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    drawn = draw_images(cfg, model, records, names, score_thresh)
-    for axis, record, picture in zip(axes.flat, records, drawn):
-        title = Path(record["file_name"]).name
-        if len(_truth(record)) > _MAX_BOXES:
-            title += f" ({_MAX_BOXES} of {len(_truth(record))} true boxes)"
+    pictures = draw_images(cfg, model, records, names, score_thresh)
+    for axis, record, picture in zip(axes.flat, records, pictures):
+        title, total = Path(record["file_name"]).name, len(_truth(record))
+        title += f" ({_MAX_BOXES} of {total} true boxes)" if total > _MAX_BOXES else ""
         axis.imshow(picture)
         axis.set_title(title, fontsize=8)
     figure.suptitle(

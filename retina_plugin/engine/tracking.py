@@ -57,8 +57,7 @@ class TrackingWriter(EventWriter, abc.ABC):
         resumed: whether the training goes on from a checkpoint.
     """
 
-    client: str
-    """Name of the module."""
+    client: str  # name of the module
 
     def __init__(self, cfg: CfgNode, resumed: bool) -> None:
         self._folder = Path(cfg.OUTPUT_DIR)
@@ -69,7 +68,7 @@ class TrackingWriter(EventWriter, abc.ABC):
         self._warned = False
         self._error: BaseException | None = None  # that ended the training
         self._queue: queue.Queue[_Record | None] = queue.Queue(_RECORDS)
-        # A daemon, because a process that ends does not wait for a client that hangs.
+        # A daemon: the end of the process does not wait for it.
         self._thread = threading.Thread(
             target=self._work, args=(run, self._last), name=self.client, daemon=True
         )
@@ -101,7 +100,9 @@ class TrackingWriter(EventWriter, abc.ABC):
             self._queue.put(None, timeout=_PATIENCE)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._warn(f"did not finish within {_PATIENCE:.0f} s")
+            self._warn(
+                f"did not finish within {_PATIENCE:.0f} s, perhaps because its server is away"
+            )
 
     def _work(self, run: str, last: int) -> None:
         hint = f" (run {run}; without {self._path} another is begun)" if run else ""
@@ -145,13 +146,16 @@ class TrackingWriter(EventWriter, abc.ABC):
         """Begin a run, or go on with ``run``, unless it is "". Returns its id."""
 
     @abc.abstractmethod
-    def _log(self, scalars: Mapping[str, float], step: int) -> None: ...
+    def _log(self, scalars: Mapping[str, float], step: int) -> None:
+        """Send values of an iteration."""
 
     @abc.abstractmethod
-    def _show(self, name: str, picture: np.ndarray, step: int) -> None: ...
+    def _show(self, name: str, picture: np.ndarray, step: int) -> None:
+        """Send an (H, W, 3) uint8 RGB picture."""
 
     @abc.abstractmethod
-    def _finish(self, error: BaseException | None) -> None: ...
+    def _finish(self, error: BaseException | None) -> None:
+        """End the run. ``error`` ended the training, or None."""
 
 
 class WandbWriter(TrackingWriter):
@@ -227,12 +231,7 @@ class MLflowWriter(TrackingWriter):
 
 
 def build_tracking_writers(cfg: CfgNode, resumed: bool) -> list[EventWriter]:
-    """The writers that ``TRACKING`` names. Only the main process may call it.
-
-    Args:
-        cfg: of the training.
-        resumed: whether it goes on from a checkpoint.
-    """
+    """The writers that ``TRACKING`` names; only the main process may call it."""
     writers = {writer.client: writer for writer in (WandbWriter, MLflowWriter)}
     return [writers[name](cfg, resumed) for name in cfg.TRACKING]
 
