@@ -185,8 +185,7 @@ def _draw_detections(
     names = MetadataCatalog.get(name).get("thing_classes")
     dataset = DatasetCatalog.get(name)
     records = choose_evenly(dataset, num_images)
-    columns = min(4, len(records))
-    rows = -(-len(records) // columns)
+    rows, columns = -(-len(records) // 4), min(4, len(records))
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage
 
@@ -61,8 +62,7 @@ class TrackingWriter(EventWriter, abc.ABC):
 
     def __init__(self, cfg: CfgNode, resumed: bool) -> None:
         self._folder = Path(cfg.OUTPUT_DIR)
-        self._params = flatten(cfg)
-        self._config = cfg.dump()
+        self._params, self._config = flatten(cfg), cfg.dump()
         self._path = self._folder / f"tracking_{self.client}.json"
         run, self._last = _read(self._path) if resumed else ("", -1)
         self._warned = False
@@ -97,12 +97,10 @@ class TrackingWriter(EventWriter, abc.ABC):
         self._error = sys.exc_info()[1]  # the trainer closes the writers in a `finally`
         deadline = time.monotonic() + _PATIENCE
         with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=_PATIENCE)
+            self._queue.put(None, timeout=_PATIENCE if self._thread.is_alive() else 0)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._warn(
-                f"did not finish within {_PATIENCE:.0f} s, perhaps because its server is away"
-            )
+            self._warn(f"did not finish within {_PATIENCE:.0f} s (is its server away?)")
 
     def _work(self, run: str, last: int) -> None:
         hint = f" (run {run}; without {self._path} another is begun)" if run else ""
@@ -143,7 +141,7 @@ class TrackingWriter(EventWriter, abc.ABC):
 
     @abc.abstractmethod
     def _start(self, client: Any, run: str) -> str:
-        """Begin a run, or go on with ``run``, unless it is "". Returns its id."""
+        """Begin a run if ``run`` is "", else go on with it. Returns its id."""
 
     @abc.abstractmethod
     def _log(self, scalars: Mapping[str, float], step: int) -> None:
@@ -209,8 +207,7 @@ class MLflowWriter(TrackingWriter):
 
     def _start(self, client: Any, run: str) -> str:
         self._mlflow = client
-        # Without a name, it draws one with the training's random numbers.
-        name = self._folder.resolve().name or "training"
+        name = self._folder.resolve().name or "training"  # else it draws one at random, as above
         started = client.start_run(run_id=run or None, run_name=name)
         if not run:  # parameters of a run cannot be changed
             client.log_params(self._params)
@@ -232,7 +229,7 @@ class MLflowWriter(TrackingWriter):
 
 def build_tracking_writers(cfg: CfgNode, resumed: bool) -> list[EventWriter]:
     """The writers that ``TRACKING`` names; only the main process may call it."""
-    writers = {writer.client: writer for writer in (WandbWriter, MLflowWriter)}
+    writers = {"wandb": WandbWriter, "mlflow": MLflowWriter}
     return [writers[name](cfg, resumed) for name in cfg.TRACKING]
 
 
@@ -247,7 +244,7 @@ def _read(path: Path) -> tuple[str, int]:
 
 def _to_rgb(picture: Any) -> np.ndarray:
     """(3, H, W) uint8 or float from 0 to 1, tensor or array -> (H, W, 3) uint8."""
-    array = np.asarray(picture.cpu() if hasattr(picture, "cpu") else picture)
+    array = np.asarray(picture.detach().cpu() if isinstance(picture, torch.Tensor) else picture)
     if array.dtype != np.uint8:
         array = (array * 255).clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(array.transpose(1, 2, 0))
