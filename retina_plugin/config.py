@@ -235,6 +235,13 @@ KEYS: dict[str, Key] = {
         "checkpoint may take longer.",
         600,
     ),
+    "TRACKING": Key(
+        "Clients that get a training's scalars, results, pictures and config: `wandb` (Weights & "
+        "Biases), `mlflow`. `pip install` them yourself; their environment variables say where it "
+        "goes, e.g. `WANDB_PROJECT`, `WANDB_MODE`, `MLFLOW_TRACKING_URI`, "
+        "`MLFLOW_EXPERIMENT_NAME`. A resumed training goes on in the same run.",
+        (),
+    ),
     "TEST.AUG.MERGE": Key(
         "With `TEST.AUG.ENABLED`: how the detections of the views become those of the image. `wbf` "
         "averages boxes of a class with an IoU above .55 (weighted boxes fusion, "

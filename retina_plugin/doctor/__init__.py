@@ -18,7 +18,13 @@ from .datasets import check_datasets, dataset_records, known_classes
 from .findings import Finding, Severity, raise_errors
 from .images import check_images
 from .learning import StepCost
-from .machine import check_batch_size, check_compiler, check_precision, device_type
+from .machine import (
+    check_batch_size,
+    check_compiler,
+    check_precision,
+    check_tracking,
+    device_type,
+)
 from .page import write_report
 from .report import Check, Report, examine_training
 from .weights import check_weights
@@ -48,6 +54,8 @@ def named_quick_checks(cfg: CfgNode, *, eval_only: bool = False) -> dict[str, Ch
         yield from check_precision(cfg, eval_only)
         if cfg.MODEL.COMPILE:
             yield from check_compiler(device_type(cfg))
+        if not eval_only:
+            yield from check_tracking(cfg)
 
     splits = ("TEST",) if eval_only else ("TRAIN", "TEST")
     return {

@@ -21,6 +21,7 @@ __all__ = [
     "check_compiler",
     "check_num_gpus",
     "check_precision",
+    "check_tracking",
     "device_type",
 ]
 
@@ -98,6 +99,16 @@ def check_batch_size(cfg: CfgNode, world_size: int) -> Iterator[Finding]:
             f"process{'es' if world_size > 1 else ''}{of_passes}",
             f"set it to {nearest} and SOLVER.BASE_LR to {cfg.SOLVER.BASE_LR * nearest / batch:g}",
         )
+
+
+def check_tracking(cfg: CfgNode) -> Iterator[Finding]:
+    """The clients of ``TRACKING`` are installed. They are not imported."""
+    for name in cfg.TRACKING:
+        spec = importlib.util.find_spec(name)
+        # Without an origin, it is a folder of that name: wandb writes one beside a script.
+        if spec is None or spec.origin is None:
+            fix = f"pip install {name}, or take it out of TRACKING"
+            yield _error("TRACKING", f"{name} is not installed", fix)
 
 
 def _error(where: str, what: str, fix: str = "") -> Finding:

@@ -178,6 +178,10 @@ _TRAINING: dict[str, _Need] = {
     "SOLVER.WEIGHT_DECAY_BIAS": _or_none(_NOT_NEGATIVE),
     "SOLVER.WEIGHT_DECAY_NORM": _or_none(_NOT_NEGATIVE),
     "TEST.EVAL_PERIOD": _whole(0),  # Detectron2: 0 is "at the end only"
+    "TRACKING": _Need(
+        "a list of wandb and mlflow, each at most once",
+        lambda v: is_list(v) and len(set(v)) == len(v) and set(v) <= {"wandb", "mlflow"},
+    ),
     "VIS_PERIOD": _whole(0),
 }
 

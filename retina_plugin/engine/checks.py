@@ -45,6 +45,8 @@ def check_run(
     """
     check_config(cfg, eval_only)
     num_gpus = check_devices(cfg, num_gpus, eval_only)
+    if not eval_only:
+        raise_errors(machine.check_tracking(cfg))
     if not (resume and Checkpointer(nn.Module(), cfg.OUTPUT_DIR).has_checkpoint()):
         if eval_only and not cfg.MODEL.WEIGHTS:
             raise ConfigError("--eval-only: set MODEL.WEIGHTS to the checkpoint to evaluate")

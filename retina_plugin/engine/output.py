@@ -27,7 +27,8 @@ _LOCK = ".lock"
 # What a training writes and the next one in the folder would overwrite or mistake for its own.
 _FILES = re.compile(
     r"model_\d{7}\.pth|model_(final|best)\.pth|model_best\.json|last_checkpoint|metrics\.json|"
-    r"events\.out\.tfevents\..*|(training_curves|detections)\.png|inference"
+    r"events\.out\.tfevents\..*|(training_curves|detections)\.png|inference|"
+    r"tracking_(wandb|mlflow)\.json"
 )
 _ROOM = 2**18  # bytes that a disk must have; the first lines of the log and the config need them
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

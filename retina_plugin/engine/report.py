@@ -33,11 +33,14 @@ matplotlib.use("Agg")  # draws without a display
 import matplotlib.pyplot as plt
 
 __all__ = [
+    "choose_evenly",
     "draw_detections",
+    "draw_images",
     "draw_training_curves",
     "log_results",
     "metrics_by_dataset",
     "read_metrics",
+    "survive_drawing",
 ]
 
 logger = logging.getLogger("retina_plugin")
@@ -80,7 +83,7 @@ def read_metrics(path: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
 
 
 @contextlib.contextmanager
-def _picture(path: str | os.PathLike) -> Iterator[None]:
+def survive_drawing(path: str | os.PathLike) -> Iterator[None]:
     """A picture that cannot be drawn is a warning: the training before it has succeeded."""
     others = set(plt.get_fignums())
     try:
@@ -103,7 +106,7 @@ def draw_training_curves(metrics: str | os.PathLike, path: str | os.PathLike) ->
         metrics: Detectron2's ``metrics.json``.
         path: the PNG to write.
     """
-    with _picture(path):
+    with survive_drawing(path):
         _draw_training_curves(metrics, path)
 
 
@@ -166,7 +169,7 @@ def draw_detections(
         score_thresh: only detections with a higher score are drawn.
     """
     # "$" in a file's or a class's name is a dollar, not the start of a formula.
-    with _picture(path), matplotlib.rc_context({"text.parse_math": False}):
+    with survive_drawing(path), matplotlib.rc_context({"text.parse_math": False}):
         if cfg.DATASETS.TEST:
             _draw_detections(cfg, model, path, num_images, score_thresh)
 
@@ -181,26 +184,16 @@ def _draw_detections(
     name = cfg.DATASETS.TEST[0]
     names = MetadataCatalog.get(name).get("thing_classes")
     dataset = DatasetCatalog.get(name)
-    chosen = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).round().astype(int)
-    mapper = build_test_mapper(cfg)
-    columns = min(4, len(chosen))
-    rows = -(-len(chosen) // columns)
+    records = choose_evenly(dataset, num_images)
+    rows, columns = -(-len(records) // 4), min(4, len(records))
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    # Only this process draws, and DistributedDataParallel would wait for the others: unwrap it.
-    detector = build_detector(cfg, getattr(model, "module", model))
-    for axis, index in zip(axes.flat, chosen):
-        record = dataset[index]
-        with inference_context(detector):
-            instances = detector([mapper(record)])[0]["instances"].to("cpu")
-        found = instances[instances.scores > score_thresh]
-        image = utils.read_image(record["file_name"], "RGB")
-        truth = _truth(record)
-        title = Path(record["file_name"]).name
-        if len(truth) > _MAX_BOXES:
-            title += f" ({_MAX_BOXES} of {len(truth)} true boxes)"
-        axis.imshow(_draw(image, truth[:_MAX_BOXES], found, names))
+    pictures = draw_images(cfg, model, records, names, score_thresh)
+    for axis, record, picture in zip(axes.flat, records, pictures):
+        title, total = Path(record["file_name"]).name, len(_truth(record))
+        title += f" ({_MAX_BOXES} of {total} true boxes)" if total > _MAX_BOXES else ""
+        axis.imshow(picture)
         axis.set_title(title, fontsize=8)
     figure.suptitle(
         f"{name}: ground truth ({_GT_COLOUR}), detections with score > {score_thresh} "
@@ -209,6 +202,32 @@ def _draw_detections(
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     logger.info("Detections against ground truth: %s", path)
+
+
+def choose_evenly(dataset: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """At most ``number`` records, evenly over the dataset: always the same ones."""
+    chosen = np.linspace(0, len(dataset) - 1, min(number, len(dataset))).round().astype(int)
+    return [dataset[index] for index in chosen]
+
+
+@torch.no_grad()
+def draw_images(
+    cfg: CfgNode,
+    model: nn.Module,
+    records: Sequence[dict[str, Any]],
+    names: Sequence[str] | None,
+    score_thresh: float = 0.3,
+) -> Iterator[np.ndarray]:
+    """(H, W, 3) uint8 RGB pictures of images with their ground truth and detections."""
+    mapper = build_test_mapper(cfg)
+    # Only this process draws, and DistributedDataParallel would wait for the others: unwrap it.
+    detector = build_detector(cfg, getattr(model, "module", model))
+    for record in records:
+        with inference_context(detector):
+            instances = detector([mapper(record)])[0]["instances"].to("cpu")
+        found = instances[instances.scores > score_thresh]
+        image = utils.read_image(record["file_name"], "RGB")
+        yield _draw(image, _truth(record)[:_MAX_BOXES], found, names)
 
 
 def _truth(record: dict[str, Any]) -> np.ndarray:

@@ -34,9 +34,11 @@ from .checks import check_batch_size, check_num_classes, check_precision
 from .heartbeat import HeartbeatHook
 from .hooks import Evaluation, Progress, Results
 from .performance import build_detector, prepare_model, training_dtype
+from .pictures import EvaluationPictures
 from .resume import ResumableTrainer
 from .step import StepTrainer
 from .step_record import write_record
+from .tracking import build_tracking_writers
 from .writers import Writers
 
 __all__ = ["Trainer"]
@@ -143,7 +145,8 @@ class Trainer(ResumableTrainer):
             if cfg.DATASETS.TEST:
                 built.append(best_checkpoint(cfg, self.checkpointer))
             # Before the writers, which write what the others measure.
-            built += [Progress(cfg), Writers(lambda: trainer.build_writers()), Results(cfg)]
+            writers = Writers(lambda: trainer.build_writers())
+            built += [Progress(cfg), EvaluationPictures(cfg, writers), writers, Results(cfg)]
         return built
 
     def _build_precise_bn(self) -> hooks.PreciseBN | None:
@@ -157,11 +160,16 @@ class Trainer(ResumableTrainer):
         return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
 
     def build_writers(self) -> list[EventWriter]:
-        """Detectron2's writers. TensorBoard hides what a resumed training repeats."""
+        """Detectron2's writers and those of ``TRACKING``.
+
+        TensorBoard hides what a resumed training repeats.
+        """
         folder = self.cfg.OUTPUT_DIR
         return [
             CommonMetricPrinter(self.max_iter),
             JSONWriter(os.path.join(folder, "metrics.json")),
+            # Before TensorBoard's, which deletes the pictures that it has written.
+            *build_tracking_writers(self.cfg, resumed=self.start_iter > 0),
             TensorboardXWriter(folder, purge_step=self._last_written("TensorboardXWriter") + 1),
         ]
 

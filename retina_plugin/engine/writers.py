@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from detectron2.engine import hooks
-from detectron2.utils.events import CommonMetricPrinter, EventWriter
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter
 
 from retina_plugin.cache import atomic_write
 from retina_plugin.modeling.monitoring import LOG_PERIOD
@@ -70,6 +70,10 @@ class Writers(hooks.PeriodicWriter):
             # training. That error is the one to see.
             if not isinstance(writer, CommonMetricPrinter):
                 raise
+
+    def show_pictures(self) -> bool:
+        """Whether a writer may read the pictures of the event storage. These two do not."""
+        return any(not isinstance(w, (CommonMetricPrinter, JSONWriter)) for w in self._writers)
 
     def last_written(self) -> dict[str, int]:
         """Name of a writer -> the last iteration that it wrote."""

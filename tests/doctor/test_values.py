@@ -73,6 +73,7 @@ BAD = {
     "TEST.DETECTIONS_PER_IMAGE": COUNTS,
     "TEST.EVAL_PERIOD": (-1, NAN, None),
     "TEST.MERGE": ("x", None),
+    "TRACKING": ("wandb", ("wandb", "wandb"), ("comet",), None, (1,)),
     "VIS_PERIOD": (-1, NAN, None),
 }
 
