@@ -44,10 +44,6 @@ class Mark:
     label: str
     main: bool
 
-    @property
-    def label_x(self) -> float:
-        return min(max(self.x, 2.0), _WIDTH - 60.0)
-
 
 @dataclass(frozen=True)
 class Picture:

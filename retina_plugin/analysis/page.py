@@ -83,7 +83,7 @@ def render_page(analysis: Analysis, model: str = "") -> str:
     changed = _changed(analysis, gallery)
     if gallery.unreadable:
         logger.warning(
-            "%d images cannot be read and are grey on the page, such as %s",
+            "Grey on the page, because they cannot be read: %d of the images, such as %s",
             *(len(gallery.unreadable), next(iter(gallery.unreadable.values()))),
         )
     files = importlib.resources.files(__package__) / "page_files"

@@ -107,7 +107,8 @@ def _measure(cfg: CfgNode, processes: int, clock: Callable[[], float]) -> StepCo
             if is_gpu:
                 torch.cuda.synchronize()
             times.append(clock() - start)
-    device = f"cpu ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    device = f"cpu ({threads} thread{'s' * (threads > 1)})"
     memory, total = _peak_memory(), _total_memory()
     if is_gpu:
         device = torch.cuda.get_device_name()
