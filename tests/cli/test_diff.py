@@ -127,7 +127,7 @@ def test_groups_and_sections_name_existing_keys():
     assert KEYS.keys() == ours.keys() - plain.keys()
     for start in (start for starts in GROUPS.values() for start in starts):
         assert any(key.startswith(start) for key in ours), start
-    assert {key for key in KEYS if group_of(key) == OTHER} == {"IMPORTS"}
+    assert {key for key in KEYS if group_of(key) == OTHER} == {"IMPORTS", "TRACKING"}
 
 
 @pytest.mark.parametrize(

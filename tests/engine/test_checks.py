@@ -298,20 +298,20 @@ def test_loss_in_place_alone_passes(tiny_cfg):
 
 @pytest.mark.parametrize("split", ["TRAIN", "TEST"])
 def test_unregistered_dataset_raises(tiny_cfg, split):
-    """The message has key, dataset and similar names, and says how to register one."""
+    """The message has key, dataset and similar names, and says how to name or register one."""
     tiny_cfg.DATASETS[split] = ("coco_2017_vall",)
     text = message(check_datasets, tiny_cfg)
     assert text.startswith(f"DATASETS.{split}: ")
     assert "'coco_2017_vall'" in text
     assert "did you mean 'coco_2017_val'" in text
-    assert "register_coco_instances" in text
+    assert "coco:FILE.json" in text and "register it from a module of IMPORTS" in text
 
 
 def test_unregistered_dataset_with_no_similar_name_raises(tiny_cfg):
     """Nothing is suggested."""
     tiny_cfg.DATASETS.TRAIN = ("zzzzzzzz",)
     text = message(check_datasets, tiny_cfg)
-    assert "'zzzzzzzz' is registered: register" in text
+    assert "'zzzzzzzz' is registered: name yours" in text
 
 
 def test_empty_training_set_raises(tiny_cfg):
