@@ -9,6 +9,7 @@ setup(
     package_data={
         "retina_plugin": ["py.typed"],
         "retina_plugin.configs": ["**/*.yaml"],
+        "retina_plugin.analysis": ["page/*"],
         "retina_plugin.deploy": ["page/*"],
         "retina_plugin.doctor": ["*.html"],
         "retina_plugin.losses.backends": ["*.cpp"],  # compiled on the user's machine

@@ -219,6 +219,7 @@ def test_package_works_without_a_checkout(repo, tmp_path):
     for file in (
         "py.typed",
         "losses/backends/native.cpp",
+        "analysis/page/report.html",
         "deploy/page/index.html",
         "deploy/page/page.js",
         "doctor/page.html",

@@ -86,7 +86,7 @@ def render_page(analysis: Analysis, model: str = "") -> str:
             "Grey on the page, because they cannot be read: %d of the images, such as %s",
             *(len(gallery.unreadable), next(iter(gallery.unreadable.values()))),
         )
-    files = importlib.resources.files(__package__) / "page_files"
+    files = importlib.resources.files(__package__) / "page"
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
