@@ -133,8 +133,11 @@ FAST = [
 
 @pytest.mark.parametrize(
     ("normalizer", "options"),
-    [("ema", []), ("per_image", []), ("ema", FAST)],
-    ids=["ema", "per_image", "fast"],
+    [
+        pytest.param("ema", [], id="ema"),
+        pytest.param("per_image", [], id="per_image", marks=pytest.mark.slow),
+        pytest.param("ema", FAST, id="fast", marks=pytest.mark.slow),
+    ],
 )
 def test_resumed_run_equals_an_uninterrupted_one(tiny_cfg, normalizer, options):
     """Losses, parameters, momenta, moving average and learning rates are equal to the bit."""
@@ -207,8 +210,8 @@ def test_model_without_our_normaliser_trains(tiny_cfg, one_batch):
     ("before", "after", "best", "iteration"),
     [
         ([10.0, 40.0], [30.0, 20.0], 40.0, 1),
-        ([10.0, 40.0], [30.0, 50.0], 50.0, 4),
-        ([float("nan"), 40.0], [45.0, 20.0], 45.0, 2),
+        pytest.param([10.0, 40.0], [30.0, 50.0], 50.0, 4, marks=pytest.mark.slow),
+        pytest.param([float("nan"), 40.0], [45.0, 20.0], 45.0, 2, marks=pytest.mark.slow),
         ([float("nan"), float("nan")], [float("nan"), 1.0], 1.0, 4),
     ],
 )
@@ -237,6 +240,7 @@ def test_best_checkpoint_survives_a_resume(
             assert torch.equal(found["model"][name], value), name
 
 
+@pytest.mark.slow
 def test_new_run_ignores_an_older_best(tiny_cfg, one_batch, measured_ap):
     """Which is in the folder, but the run does not resume."""
     measured_ap += [40.0, 5.0]

@@ -316,6 +316,7 @@ def test_dense_loss_agrees_with_eager(interpreted):
     interpreted(check_dense_loss)
 
 
+@pytest.mark.slow
 def test_without_triton_the_module_imports_and_says_why():
     code = """
 import sys
