@@ -104,6 +104,7 @@ def test_trains_evaluates_and_resumes(config, out, capsys):
     assert torch.load(out / "model_final.pth", weights_only=False)["iteration"] == 3
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_training_evaluates_it(config, out, capsys):
     """The weights do not change."""
     run(config)

@@ -174,6 +174,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny_cfg, normalizer, options):
         assert torch.equal(momenta[0][index]["momentum_buffer"], state["momentum_buffer"])
 
 
+@pytest.mark.slow
 def test_run_without_resume_starts_at_zero(tiny_cfg, one_batch):
     """Although the folder has a checkpoint."""
     train(tiny_cfg)
@@ -199,6 +200,7 @@ def test_moving_average_of_passes_of_another_size(tiny_cfg, one_batch):
     assert trainer.model.normalizer.ema.item() == 6.0
 
 
+@pytest.mark.slow
 def test_model_without_our_normaliser_trains(tiny_cfg, one_batch):
     """Such as Detectron2's own RetinaNet."""
     tiny_cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
@@ -308,6 +310,7 @@ def test_uneven_batch_raises(tiny_cfg):
         Trainer(tiny_cfg)
 
 
+@pytest.mark.slow
 def test_run_shorter_than_the_log_period(tiny_cfg, one_batch):
     """It logs the same numbers as with period 1, and a NaN still raises. GPUs use period 20."""
     written = []
