@@ -11,7 +11,7 @@ from retina_plugin.optional import optional
 from .ground_truth import GroundTruth
 from .predictions import Found
 
-__all__ = ["IOU", "Evaluation", "evaluate", "mean_ap"]
+__all__ = ["IOU", "Evaluation", "mean_ap"]
 
 IOU = 0.5  # from which a detection is right, in everything but AP over ten IoUs
 _IOU_AXIS = np.linspace(0.5, 0.95, 10)
@@ -72,14 +72,6 @@ class Evaluation:
             "AR10": mean_ap(recall[:, :, 0, 1]),
             "AR100": mean_ap(recall[:, :, 0, 2]),
         }
-
-
-def evaluate(truth: GroundTruth, found: Found) -> Evaluation:
-    """
-    Raises:
-        ConfigError: hotcoco is not installed.
-    """
-    return Evaluation(truth, found)
 
 
 def mean_ap(values: np.ndarray) -> float | None:

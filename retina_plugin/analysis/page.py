@@ -128,15 +128,8 @@ def _worst_images(analysis: Analysis) -> list[int]:
 
 def _confusions(analysis: Analysis) -> list[tuple[int, int, int]]:
     """(object's class, class it is taken for, count), the most frequent first."""
-    number = len(analysis.truth.class_names)
-    pairs = [
-        (i, j, int(count))
-        for (i, j), count in zip(
-            zip(*analysis.confusion[:number, :number].nonzero()),
-            analysis.confusion[:number, :number][analysis.confusion[:number, :number].nonzero()],
-        )
-        if i != j
-    ]
+    classes = analysis.confusion[:-1, :-1]  # the last is background
+    pairs = [(i, j, int(classes[i, j])) for i, j in zip(*classes.nonzero()) if i != j]
     return sorted(pairs, key=lambda pair: -pair[2])[:_MOST_CONFUSIONS]
 
 

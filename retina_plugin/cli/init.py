@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 from retina_plugin.cache import atomic_write
-from retina_plugin.config import get_config_file
 from retina_plugin.engine import check_devices, setup_cfg
 from retina_plugin.engine.checks import check_config
 from retina_plugin.engine.console import console
@@ -109,7 +108,6 @@ def _base_name(base: str, output: Path) -> str:
     """How the written file names its base: a file as seen from its own folder."""
     path = os.path.expanduser(base)
     if "://" in base or not os.path.isfile(path):
-        get_config_file(base) if "://" not in base else None
         return base
     return os.path.relpath(path, output.parent)
 

@@ -81,16 +81,16 @@ def decide_weights(recipe: Recipe, problem: str) -> None:
     """The weights to start from; without any, a model that can be trained from scratch.
 
     Args:
-        problem: why ``MODEL.WEIGHTS`` cannot be had; "" if it can.
+        problem: why ``MODEL.WEIGHTS`` is not available; "" if it is.
     """
     wanted = recipe.cfg.MODEL.WEIGHTS
     if problem and "MODEL.WEIGHTS" not in recipe.given:
         recipe.warn(
-            f"{wanted} cannot be had here ({problem}), so this file trains from scratch, which "
+            f"{wanted} is not available here ({problem}), so this file trains from scratch, which "
             "takes longer and reaches less. If you can get the weights, run `retina init` again "
             "with MODEL.WEIGHTS FILE at the end of the command"
         )
-        recipe.set("MODEL.WEIGHTS", "", f"random: {wanted} cannot be had here, see above")
+        recipe.set("MODEL.WEIGHTS", "", f"random: {wanted} is not available here, see above")
     elif from_scratch(recipe):
         recipe.set("MODEL.WEIGHTS", "", "random, as in the base")
     else:
