@@ -147,8 +147,35 @@ class Heartbeat:
             self._own = replace(self._own, iteration=None, seconds=0.0, place="", waits=False)
 
     def report_failure(self, line: str) -> None:
-        """Tell the others why this process ends."""
+        """Tell the others why this process ends.
+
+        Rank 0 waits until they have read it: they cannot once it has ended, because its process
+        holds the store (except under torchrun).
+        """
         self._update(failure=line)
+        if self._own.rank == 0:
+            with contextlib.suppress(RuntimeError):
+                self._read()
+                self._wait_for_readers()
+
+    def _wait_for_readers(self) -> None:
+        """Until each process that runs has read the store again."""
+        begin = time.monotonic()
+        counts = {rank: report.count for rank, report in self._seen()[0].items()}
+        while time.monotonic() - begin < self.timeout:
+            reports, changed, read = self._seen()
+            # A process writes, then reads: its second report from now follows such a reading.
+            waited_for = [
+                r
+                for r in reports.values()
+                if r.rank != self._own.rank
+                and not (r.failure or r.done)
+                and r.count < counts[r.rank] + 2
+                and read - changed[r.rank] <= 3 * self._interval  # else it has ended, too
+            ]
+            if not waited_for or time.monotonic() - read > 3 * self._interval:
+                return
+            time.sleep(self._interval / 4)
 
     def find_failed(self) -> _Report | None:
         """The process that ended and so broke the connection to this one; None if none is found.
@@ -158,9 +185,7 @@ class Heartbeat:
         begin = time.monotonic()
         # Two reports may be missing by chance: the process has ended if three are.
         while time.monotonic() - begin < 4 * self._interval + 1:
-            with self._lock:
-                reports, changed = self._others.reports, dict(self._others.changed)
-                read = self._others.read
+            reports, changed, read = self._seen()
             others = [r for r in reports.values() if r.rank != self._own.rank and not r.done]
             for report in others:
                 if report.failure:
@@ -172,6 +197,11 @@ class Heartbeat:
                 return reports[0]  # its process holds the store, except under torchrun
             time.sleep(self._interval / 4)
         return None
+
+    def _seen(self) -> tuple[dict[int, _Report], dict[int, float], float]:
+        """The last reports, when each was seen to change, and when they were read."""
+        with self._lock:
+            return self._others.reports, dict(self._others.changed), self._others.read
 
     def _update(self, **changes: Any) -> None:
         with self._lock:

@@ -5,9 +5,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+import torch
 
 from retina_plugin.engine import heartbeat
 from retina_plugin.engine.heartbeat import _Others, _place, _Report, _verdict
@@ -117,6 +119,63 @@ def test_hook_tells_iterations_but_the_first():
     finally:
         heartbeat.Heartbeat._current = None
     assert told == ["end", 4, "end"]
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """The heartbeats of ranks 0 and 1 in this process, each with a first report in one store."""
+    monkeypatch.setattr(heartbeat.comm, "get_world_size", lambda: 2)
+    store, ranks = torch.distributed.HashStore(), []
+    for rank in (0, 1):
+        monkeypatch.setattr(heartbeat.comm, "get_rank", lambda: rank)
+        ranks.append(heartbeat.Heartbeat(timeout=20))
+        ranks[-1]._store = store
+        ranks[-1]._write()
+    for of_rank in ranks:
+        of_rank._read()
+    return ranks
+
+
+def fail(of_rank):
+    """Report a failure from a thread, which ends when the others have read it."""
+    thread = threading.Thread(target=of_rank.report_failure, args=("error: x",))
+    thread.start()
+    return thread
+
+
+def test_rank_that_holds_the_store_ends_after_the_others_have_read_why(two_ranks):
+    """However long the other one takes from one report to the next."""
+    failing, reader = two_ranks
+    thread = fail(failing)
+    for _ in range(2):
+        thread.join(0.2)
+        assert thread.is_alive()
+        reader._write()
+        reader._read()
+        failing._read()
+    thread.join(10)
+    assert not thread.is_alive() and reader.find_failed().failure == "error: x"
+
+
+@pytest.mark.parametrize("other", ["gone", "failed", "done"])
+def test_failing_rank_waits_for_no_process_that_has_ended(two_ranks, other):
+    failing, reader = two_ranks
+    if other != "gone":
+        reader._update(**{"failed": {"failure": "error: y"}, "done": {"done": True}}[other])
+    thread = fail(failing)
+    end = time.monotonic() + 10
+    while thread.is_alive() and time.monotonic() < end:
+        failing._read()  # as its thread does
+        time.sleep(0.05)
+    assert not thread.is_alive()
+
+
+def test_rank_without_the_store_ends_at_once(two_ranks):
+    """Its report stays in the store."""
+    reader, failing = two_ranks
+    failing.report_failure("error: x")
+    reader._read()
+    assert reader.find_failed().failure == "error: x"
 
 
 SMALL = [
