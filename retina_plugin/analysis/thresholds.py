@@ -45,7 +45,7 @@ def best_threshold(scores: np.ndarray, right: np.ndarray, objects: int) -> Thres
     """
     cuts, hits, kept = _counts(scores, right)
     values = f1(hits, kept, objects)
-    if not len(values) or not objects or not hits[-1]:
+    if not len(values) or not objects or not hits[0]:
         return Threshold(None, None, 0.0 if objects else None, 0.0 if objects else None)
     best = len(values) - 1 - int(values[::-1].argmax())  # cuts rise
     return Threshold(

@@ -5,11 +5,13 @@ import io
 import json
 import math
 
+import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from retina_plugin.analysis import GroundTruth, analyze
+from retina_plugin.analysis.thresholds import Threshold, best_threshold
 from retina_plugin.errors import ConfigError
 from tests.analysis.toy import NAMES, dataset, detections
 
@@ -80,6 +82,29 @@ def test_best_threshold_has_the_best_f1(analysis):
         )
     best = analysis.overall
     assert best.f1 >= analysis.curves.sweep[2].max() - 1e-9
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_best_threshold_is_that_of_trying_all(seed):
+    """Also where the detection with the highest score is wrong."""
+    rng = np.random.default_rng(seed)
+    scores = rng.choice(np.linspace(0.1, 0.9, 9), size=12)
+    right = rng.random(12) < 0.4
+    right[scores.argmax()] = False
+    objects = int(right.sum()) + 3
+    kept = [scores >= cut for cut in scores]
+    f1 = [2 * (right & of).sum() / (of.sum() + objects) for of in kept]
+    best = best_threshold(scores, right, objects)
+    assert best.f1 == pytest.approx(max(f1))
+    at = scores >= best.score
+    assert best.precision == pytest.approx(right[at].mean())
+    assert best.recall == pytest.approx(right[at].sum() / objects)
+
+
+def test_no_right_detection_has_no_threshold():
+    scores = np.array([0.9, 0.5])
+    assert best_threshold(scores, np.zeros(2, bool), 4) == Threshold(None, None, 0.0, 0.0)
+    assert best_threshold(scores[:0], np.zeros(0, bool), 0) == Threshold(None, None, None, None)
 
 
 def test_perfect_detections_leave_nothing_to_say(truth, coco):
