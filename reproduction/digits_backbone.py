@@ -35,9 +35,10 @@ __all__ = ["pretrain_backbone"]
 
 logger = logging.getLogger("retina_plugin")
 
+_DATASETS = ("digits_scenes_train", "digits_sparse_train")
 _SIDE = 64  # of a crop (pixels)
-_ITERATIONS, _BATCH, _LEARNING_RATE = 400, 64, 0.1
-_VERSION = 1  # raise it whenever a change to this file changes the weights
+_ITERATIONS, _BATCH, _LEARNING_RATE = 1000, 64, 0.1
+_VERSION = 2  # raise it whenever a change to this file changes the weights
 
 
 def pretrain_backbone(path: Path, iterations: int = _ITERATIONS) -> float:
@@ -50,7 +51,8 @@ def pretrain_backbone(path: Path, iterations: int = _ITERATIONS) -> float:
     Returns:
         The mean cross entropy of the last tenth of the iterations.
     """
-    crops_N, labels_N = _crops(DatasetCatalog.get("digits_scenes_train"))
+    records = [record for name in _DATASETS for record in DatasetCatalog.get(name)]
+    crops_N, labels_N = _crops(records)
     logger.info("Training a backbone to classify %d crops, once, for %s", len(crops_N), path)
     cfg = _model_cfg()
     mean, std = (
@@ -128,7 +130,8 @@ class _DigitsHandler(PathHandler):
     def _get_local_path(self, path: str, **kwargs: Any) -> str:
         if path != f"{self.PREFIX}backbone.pkl":
             raise FileNotFoundError(f"{path}: the only file is {self.PREFIX}backbone.pkl")
-        made_of = [_VERSION, digits.SPEC.digest, _SIDE, _ITERATIONS, _BATCH, _LEARNING_RATE]
+        scenes = [digits.SPEC.digest, digits.SPARSE_SPEC.digest]
+        made_of = [_VERSION, *scenes, _SIDE, _ITERATIONS, _BATCH, _LEARNING_RATE]
         digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
         local = cache_root() / f"digits_backbone-{digest}.pkl"
         if not local.is_file():

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reproduction.paper import Claim, Row, Table, checkout, load_claims, load_paper
+from reproduction.claims import judged, resampled
+from reproduction.intervals import interval
+from reproduction.paper import Claim, Table, checkout, load_claims, load_paper
 
 __all__ = ["Ledger", "summary"]
 
@@ -31,10 +33,13 @@ COCO, with the paper's models and schedule. A row that is not listed has not bee
 """,
     "mini": """## Mini scale
 
-Each row's loss, sampler and anchors on a small model and the embedded digits
+Each row's loss, sampler and anchors on a small model and the embedded sparse scenes
 (`reproduction/mini.yaml`). The backbone was first trained to classify digits, as the paper's was
-trained on ImageNet. AP is COCO's, on the 200 images of `digits_scenes_val`. Compare the order of
+trained on ImageNet. AP is COCO's, on the 500 images of `digits_sparse_val`. Compare the order of
 the rows of a table, not their AP with the paper's: the images and the model are different.
+
+An interval holds 95 % of what other test images and other seeds would give
+(`reproduction/intervals.py`).
 """,
 }
 
@@ -69,7 +74,7 @@ class Ledger:
             self._read()  # another process may have added results
             self._data.setdefault(scale, {})[key] = result
             partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._data, indent=1, sort_keys=True) + "\n")
+            partial.write_text(_json(self._data))
             partial.replace(self.path)
             self.write_page()
 
@@ -83,20 +88,41 @@ class Ledger:
         """Write the table of every row that has a result, and the paper's claims."""
         pages = [_HEADER]
         for scale, introduction in _SCALES.items():
-            measured = self._by_row(scale)
-            if measured:
+            if self.runs(scale):
+                measured = self.by_row(scale)
                 tables = load_paper().values()
                 pages += [introduction, *(_table(t, measured, scale) for t in tables)]
-                pages.append(_claims(self.claims, measured) if scale == "mini" else "")
+                if scale == "mini":
+                    pages.append(_claims(self.claims, measured))
+                pages.append(self._with_other_settings(scale))
         self.path.with_suffix(".md").write_text("\n".join(p for p in pages if p))
 
-    def _by_row(self, scale: str) -> dict[str, list[dict[str, Any]]]:
-        """ "TABLE ROW" -> the results of its seeds."""
+    def by_row(self, scale: str) -> dict[str, list[dict[str, Any]]]:
+        """ "TABLE ROW" -> the results of its seeds, as the paper's row has it."""
         rows: dict[str, list[dict[str, Any]]] = {}
         for _, result in sorted(self.runs(scale).items()):
-            for row in result["rows"]:
+            for row in result["rows"] if not result.get("set") else ():
                 rows.setdefault(row, []).append(result)
         return rows
+
+    def _with_other_settings(self, scale: str) -> str:
+        """The table of the runs that were started with ``--set``."""
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for _, result in sorted(self.runs(scale).items()):
+            if result.get("set"):
+                key = " ".join(result["set"]), ", ".join(result["rows"])
+                found.setdefault(key, []).append(result)
+        if not found:
+            return ""
+        lines = [
+            "### Rows with other settings",
+            "",
+            "| `--set` | row | AP | 95 % interval | AP50 | AP75 | seeds | minutes | commit |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for (settings, rows), results in found.items():
+            lines.append(f"| `{settings}` | {rows} | {' | '.join(_cells(results))} |")
+        return "\n".join([*lines, ""])
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -107,95 +133,74 @@ def summary(result: dict[str, Any]) -> str:
     return f"{numbers} in {result['seconds'] / 60:.1f} min"
 
 
+def _json(data: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """One line for each run."""
+    scales = []
+    for scale, runs in sorted(data.items()):
+        lines = [
+            f"  {json.dumps(key)}: {json.dumps(result, sort_keys=True)}"
+            for key, result in sorted(runs.items())
+        ]
+        scales.append(f" {json.dumps(scale)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(scales) + "\n}\n"
+
+
 def _table(table: Table, measured: dict[str, list[dict[str, Any]]], scale: str) -> str:
     rows = [row for row in table.rows if str(row) in measured]
     if not rows:
         return ""
-    split = table.split if scale == "paper" else "digits_scenes_val"
+    split = table.split if scale == "paper" else "digits_sparse_val"
     where = f"Table {table.key}" if table.key != "5.1" else "Section 5.1"
     lines = [
         f"### {where}: {table.title}",
         "",
-        f"Paper ({table.section}): AP on {table.split}. Here: mean AP of the seeds on {split}. The "
-        "spread is the largest AP of the seeds minus the smallest.",
+        f"Paper ({table.section}): AP on {table.split}. Here: mean AP of the seeds on {split}.",
         "",
-        "| row | paper AP | AP | difference | AP50 | AP75 | seeds | spread | minutes | commit |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| row | paper AP | AP | 95 % interval | AP50 | AP75 | seeds | minutes | commit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [_row(row, measured[str(row)]) for row in rows]
+    for row in rows:
+        paper = "diverges" if row.diverges else f"{row.metrics['AP']:.1f}"
+        lines.append(f"| {row.name} | {paper} | {' | '.join(_cells(measured[str(row)]))} |")
     return "\n".join([*lines, ""])
 
 
-def _row(row: Row, results: Sequence[dict[str, Any]]) -> str:
-    paper = "diverges" if row.diverges else f"{row.metrics['AP']:.1f}"
+def _cells(results: Sequence[dict[str, Any]]) -> list[str]:
+    """AP, its interval, AP50, AP75, seeds, minutes and commit of a row's results."""
     ended = [r for r in results if "AP" in r]
     diverged = [r["diverged_at"] for r in results if "diverged_at" in r]
     note = f"diverged at iteration {', '.join(map(str, diverged))}" if diverged else ""
-    cells = [row.name, paper]
+    cells = [note, "", "", ""]
     if ended:
-        ap = [r["AP"] for r in ended]
-        mean = statistics.mean(ap)
-        difference = "" if row.diverges else f"{mean - row.metrics['AP']:+.1f}"
-        cells += [f"{mean:.1f}" + (f" ({note})" if note else ""), difference]
+        mean = statistics.mean(r["AP"] for r in ended)
+        cells = [f"{mean:.1f}" + (f" ({note})" if note else ""), ""]
+        if resampled(ended):
+            low, high = interval(resampled(ended), mean)
+            cells[1] = f"{low:.1f} to {high:.1f}"
         cells += [f"{statistics.mean(r[m] for r in ended):.1f}" for m in ("AP50", "AP75")]
-        cells += [str(len(results)), f"{max(ap) - min(ap):.1f}"]
-    else:
-        cells += [note, "", "", "", str(len(results)), ""]
     seconds = [r["seconds"] for r in results if "seconds" in r]
-    cells.append(f"{statistics.mean(seconds) / 60:.1f}" if seconds else "")
-    cells.append(", ".join(sorted({r["commit"] for r in results})))
-    return f"| {' | '.join(cells)} |"
+    minutes = f"{statistics.mean(seconds) / 60:.1f}" if seconds else ""
+    commits = ", ".join(sorted({r["commit"] for r in results}))
+    return [*cells, str(len(results)), minutes, commits]
 
 
 def _claims(claims: Sequence[Claim], measured: dict[str, list[dict[str, Any]]]) -> str:
     """The orderings that the paper reports, and whether the results here show them."""
+    found = list(judged(claims, measured))
+    if not found:
+        return ""
     lines = [
         "### Which of the paper's orderings show at this scale",
+        "",
+        "In brackets, the 95 % interval of the difference. An ordering is clear if 0 lies outside.",
         "",
         "| the paper's claim | better row | compared with | does it show? |",
         "|---|---|---|---|",
     ]
-    notes = []
-    for claim in claims:
-        others = [row for row in claim.worse if row in measured]
-        if claim.better not in measured or not others:
-            continue
-        other = max(others, key=lambda row: _mean(measured[row], "AP") or 0.0)
-        results = measured[claim.better], measured[other]
-        name = "" if claim.measure == "AP" else f"{claim.measure.replace('_', ' ')} "
-        cells = [claim.text]
-        for row, of_row in zip((claim.better, other), results):
-            value = _mean(of_row, claim.measure)
-            cells.append(f"{row}: {name}" + ("diverged" if value is None else f"{value:.1f}"))
-        lines.append(f"| {' | '.join(cells)} | {_verdict(claim, *results)} |")
-        if claim.note:
-            notes.append(f"- {claim.text}: {claim.note}")
+    for claim, judgement in found:
+        lines.append(f"| {' | '.join([claim.text, *judgement.rows, judgement.verdict])} |")
+    notes = [f"- {claim.text}: {claim.note}" for claim, _ in found if claim.note]
     return "\n".join([*lines, "", *notes, ""])
-
-
-def _mean(results: Sequence[dict[str, Any]], measure: str) -> float | None:
-    values = [r[measure] for r in results if measure in r]
-    return statistics.mean(values) if values else None
-
-
-def _verdict(
-    claim: Claim, better_results: Sequence[dict[str, Any]], worse_results: Sequence[dict[str, Any]]
-) -> str:
-    better, worse = (_mean(r, claim.measure) for r in (better_results, worse_results))
-    if worse is None and better is not None:
-        return "yes: the other diverged"
-    if better is None or worse is None:
-        return "no: diverged"
-    if claim.within is not None:
-        close = abs(better - worse) <= claim.within
-        return f"{'yes' if close else '**no**'}: {better - worse:+.1f} (within {claim.within})"
-    if claim.measure == "early_loss":
-        return f"{'yes' if better < worse else '**no**'}: {worse / better:.0f}x"
-    seeds = [[r["AP"] for r in results if "AP" in r] for results in (better_results, worse_results)]
-    largest_spread = max(max(ap) - min(ap) for ap in seeds)
-    difference = better - worse
-    doubt = ", within the seeds' spread" if abs(difference) <= largest_spread else ""
-    return f"{'yes' if difference > 0 else '**no**'}: {difference:+.1f}{doubt}"
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ and the embedded digits (reproduction/mini.yaml).
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
@@ -23,11 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
+from reproduction.intervals import resampled_ap
 from reproduction.ledger import LEDGER, Ledger, summary
 from reproduction.paper import METRICS, checkout
 from reproduction.plan import Run, plan, select_rows
+from retina_plugin.data import register_datasets
 from retina_plugin.engine import check_weights, setup_cfg
 from retina_plugin.engine.report import read_metrics
 from retina_plugin.errors import ConfigError
@@ -78,13 +82,16 @@ def outcome(run: Run) -> dict[str, Any] | None:
     """The result of a run that has ended; None if it failed.
 
     A training that diverges is a result: it has "diverged_at", the iteration, instead of "AP". The
-    other entries are its rows, its overrides, the commits that trained it, its time ("seconds") and
-    the first, largest and last logged classification loss.
+    other entries are its rows, its overrides ("set": those of ``--set``), the commits that trained
+    it, its time ("seconds"), the first, largest and last logged classification loss, and AP on the
+    resamples of :mod:`reproduction.intervals`.
     """
     assert run.process is not None
     console = (run.folder / "console.txt").read_text(errors="replace").split(_ATTEMPT)[-1]
     commits = dict.fromkeys((run.folder / "commits.txt").read_text().split())
     result: dict[str, Any] = {"rows": run.rows, "opts": run.opts, "commit": " ".join(commits)}
+    if run.extra:
+        result["set"] = run.extra
     series = read_metrics(run.folder / "metrics.json") if run.iteration() else {}
     # the log covers the whole training; this process may have resumed it
     times = [seconds for _, seconds in series.get("time", [])]
@@ -104,7 +111,19 @@ def outcome(run: Run) -> dict[str, Any] | None:
     if math.isnan(metrics["AP"]):  # Detectron2 logs NaN if there is no detection
         metrics = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
     # NaN is also the AP of sizes that no object has
-    return {**result, **{name: ap for name, ap in metrics.items() if not math.isnan(ap)}}
+    metrics = {name: ap for name, ap in metrics.items() if not math.isnan(ap)}
+    return {**result, **metrics, "resampled_AP": _resampled(run)}
+
+
+def _resampled(run: Run) -> list[float]:
+    """AP of a run on the resamples of its test images, in percent."""
+    cfg = setup_cfg(str(run.config), run.opts)
+    register_datasets(cfg.DATASETS.TEST)
+    dataset = cfg.DATASETS.TEST[0]
+    predictions = run.folder / "inference" / dataset / "coco_instances_results.json"
+    annotations = Path(MetadataCatalog.get(dataset).json_file)
+    found = resampled_ap(annotations, json.loads(predictions.read_text()))
+    return [round(float(x), 2) for x in found]
 
 
 def commit() -> str:
@@ -187,8 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         sys.exit(f"error: {error}")
     ledger = Ledger(args.ledger)
-    jobs = args.jobs or default_jobs(args.scale)
     todo = [run for run in runs if run.key not in ledger.runs(args.scale)]
+    jobs = min(args.jobs or default_jobs(args.scale), max(1, len(todo)))
     print(f"{len(runs)} runs, {len(runs) - len(todo)} in the ledger, {jobs} at a time")
     for run in todo if args.dry_run else []:
         print(f"{run.key}  {run.max_iter} it  {', '.join(run.rows)}\n    {' '.join(run.opts)}")

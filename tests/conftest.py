@@ -62,7 +62,16 @@ def tiny_digits():
 
     The tiny scenes lie where the full ones would, so the datasets' names work, in subprocesses too.
     """
-    root = digits.dataset_root()
+    return _write_tiny_scenes(digits.dataset_root())
+
+
+@pytest.fixture(scope="session")
+def tiny_sparse():
+    """The folder of digits_sparse_{train,dev,val} with the same tiny scenes."""
+    return _write_tiny_scenes(digits.dataset_root(digits.SPARSE_SPEC))
+
+
+def _write_tiny_scenes(root):
     if not root.is_dir():
         sizes = {"image_size": 64, "max_side": 40, "max_digits": 3}
         tiny = digits.SceneSpec(num_train=8, num_dev=4, num_val=4, **sizes)

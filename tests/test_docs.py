@@ -87,6 +87,7 @@ PARSED_ONLY = {
     "python -m benchmarks --stage loss --device cuda": "a GPU",
     "python -m reproduction.reproduce 1b --scale paper": "COCO, GPUs",
     'python -m reproduction.reproduce 1b --scale mini --rows "gamma=2" --seeds 1': "takes minutes",
+    "python -m reproduction.evidence": "takes minutes",
     "python -m reproduction.reproduce 3 --scale mini --rows FL --ledger star.json": "takes minutes",
     'python -m reproduction.reproduce 3 --scale mini --rows "FL* gamma=2 beta=1" --ledger '
     "star.json --set MODEL.RETINANET.FOCAL_STAR_GAMMA 3.0": "takes minutes",

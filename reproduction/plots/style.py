@@ -73,11 +73,13 @@ class Plot:
     text: str = ""
 
 
-def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of this size in inches, with so many axes beside each other."""
+def new_figure(
+    width: float, height: float, columns: int = 1, rows: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """A figure of this size in inches, and its axes, row by row."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)
-    return figure, list(axes[0])
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.flat)
 
 
 def table_of(columns: Mapping[str, Tensor]) -> Table:
@@ -85,7 +87,9 @@ def table_of(columns: Mapping[str, Tensor]) -> Table:
     return tuple(columns), zip(*(column.tolist() for column in columns.values()))
 
 
-def save(plot: Plot, folder: Path, name: str) -> list[Path]:
+def save(
+    plot: Plot, folder: Path, name: str, formats: Sequence[str] = ("png", "svg")
+) -> list[Path]:
     """Write ``name.png``, ``name.svg`` and the tables; returns their paths.
 
     Raises:
@@ -98,10 +102,10 @@ def save(plot: Plot, folder: Path, name: str) -> list[Path]:
     }
     written = []
     try:
-        for suffix, metadata in pictures.items():
+        for suffix in formats:
             written.append(folder / f"{name}.{suffix}")
             with atomic_write(written[-1]) as path:
-                plot.figure.savefig(path, metadata=metadata)
+                plot.figure.savefig(path, metadata=pictures[suffix])
         for end, (header, rows) in plot.tables.items():
             written.append(folder / f"{name}{end and '_'}{end}.csv")
             with atomic_write(written[-1]) as path:

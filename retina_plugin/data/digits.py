@@ -5,11 +5,15 @@ enlarged, coloured and drawn over random crops of the photos; a box is the exten
 The digits are split first, so that no digit is in two of train, dev (to choose settings) and val
 (to report). The same seed gives the same scenes. They are written once, in COCO format, to a folder
 in the cache.
+
+There are two sets. ``digits_scenes`` has large digits. ``digits_sparse`` has a few small ones among
+clutter that looks like digits, on seven photos of scikit-image too.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 from collections.abc import Iterable
@@ -56,15 +60,41 @@ class SceneSpec:
     num_dev_digits: int = 200  # of the 1797
     num_val_digits: int = 500
     seed: int = 0
+    min_clutter: int = 0  # pieces that look like digits and have no box
+    max_clutter: int = 0
+    more_photos: bool = False  # scikit-image's seven as well, not only scikit-learn's two
 
     @property
     def digest(self) -> str:
         """Eight hexadecimal characters that identify the scenes, for the folder's name."""
-        text = json.dumps([_VERSION, asdict(self)], sort_keys=True)
+        settings = asdict(self)
+        for name in ("min_clutter", "max_clutter", "more_photos"):
+            if not settings[name]:
+                del settings[name]  # scenes without them keep their folder
+        text = json.dumps([_VERSION, settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 SPEC = SceneSpec()
+
+# As imbalanced as the paper's images, as far as a laptop goes: larger images, fewer and smaller
+# digits, and hard negatives.
+SPARSE_SPEC = SceneSpec(
+    image_size=192,
+    num_train=2000,
+    num_val=500,
+    min_digits=1,
+    max_digits=3,
+    min_side=14,
+    max_side=48,
+    min_clutter=4,
+    max_clutter=10,
+    more_photos=True,
+)
+
+# Of scikit-image's pictures: photos that are in the public domain or have the licence CC0, as the
+# docstrings of skimage.data say.
+_SKIMAGE_PHOTOS = ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "gravel")
 
 
 def dataset_root(spec: SceneSpec = SPEC) -> Path:
@@ -105,7 +135,8 @@ def _write_scenes(root: Path, spec: SceneSpec) -> None:
         if damaged is None:
             return
         logger.warning("%s is damaged: %s; writing it again", root, damaged)
-    digits, labels, photos = _sources()
+    digits, labels = _digits()
+    photos = _photos(spec.more_photos)
     logger.info("Writing the embedded digits to %s (once, some seconds)", root)
     order = np.random.default_rng([spec.seed, 0]).permutation(len(digits))
     val, dev, train = np.split(order, np.cumsum([spec.num_val_digits, spec.num_dev_digits]))
@@ -141,19 +172,43 @@ def _damaged_file(root: Path) -> str | None:
     return next(damaged, None)
 
 
-def _sources() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """(1797, 8, 8) ink in [0, 1], (1797,) labels, two BGR photos."""
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """(1797, 8, 8) ink in [0, 1], (1797,) labels."""
+    data = _sklearn_datasets().load_digits()
+    return data.images / 16.0, data.target
+
+
+def _photos(more: bool) -> list[np.ndarray]:
+    """BGR photos: scikit-learn's two, and scikit-image's."""
+    photos = [x[:, :, ::-1].copy() for x in _sklearn_datasets().load_sample_images().images]
+    if more:
+        found = importlib.util.find_spec("skimage")  # the extra "demo"
+        if found is None or found.origin is None:
+            raise _missing_package("scikit-image", "skimage")
+        folder = Path(found.origin).parent / "data"  # without an import, which takes seconds
+        for name in _SKIMAGE_PHOTOS:
+            path = folder / f"{name}.png"
+            photo = cv2.imread(str(path))
+            if photo is None:
+                raise ConfigError(f"{path} cannot be read: install scikit-image again")
+            photos.append(photo)
+    return photos
+
+
+def _sklearn_datasets() -> Any:
     try:
-        from sklearn.datasets import load_digits, load_sample_images  # the extra "demo"
+        from sklearn import datasets  # the extra "demo"
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "the embedded dataset needs scikit-learn: pip install 'retina_plugin[demo]' or "
-            "pip install scikit-learn",
-            name="sklearn",
-        ) from None
-    data = load_digits()
-    photos = [image[:, :, ::-1].copy() for image in load_sample_images().images]
-    return data.images / 16.0, data.target, photos
+        raise _missing_package("scikit-learn", "sklearn") from None
+    return datasets
+
+
+def _missing_package(name: str, module: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        f"the embedded dataset needs {name}: pip install 'retina_plugin[demo]' or "
+        f"pip install {name}",
+        name=module,
+    )
 
 
 def compose_scene(
@@ -177,21 +232,41 @@ def compose_scene(
     size = spec.image_size
     image = _background(rng, photos, size).astype(np.float32)
     objects: list[tuple[list[int], int]] = []
-    for _ in range(int(rng.integers(spec.min_digits, spec.max_digits + 1))):
+    drawn: list[list[int]] = []  # boxes of digits and clutter
+    num_digits = int(rng.integers(spec.min_digits, spec.max_digits + 1))
+    num_clutter = 0
+    if spec.max_clutter:
+        num_clutter = int(rng.integers(spec.min_clutter, spec.max_clutter + 1))
+    for number in range(num_digits + num_clutter):
         which = int(rng.integers(len(digits)))
         # log-uniform: as many digits between 18 and 40 pixels as between 40 and 90
         side = float(np.exp(rng.uniform(np.log(spec.min_side), np.log(spec.max_side))))
-        ink = _enlarge(digits[which], side)
+        is_digit = number < num_digits
+        ink = _enlarge(digits[which] if is_digit else _scramble(rng, digits[which]), side)
         h, w = ink.shape
-        for _ in range(20):  # attempts to find a free place; otherwise the digit is left out
+        for _ in range(20):  # attempts to find a free place; otherwise it is left out
             x, y = int(rng.integers(size - w + 1)), int(rng.integers(size - h + 1))
-            if all(_overlap((x, y, w, h), box) <= spec.max_overlap for box, _ in objects):
+            if all(_overlap((x, y, w, h), box) <= spec.max_overlap for box in drawn):
                 under = image[y : y + h, x : x + w]
                 colour = _colour(rng, under, ink, spec.min_contrast)
                 under += ink[:, :, None] * (colour - under)
-                objects.append(([x, y, w, h], int(labels[which])))
+                drawn.append([x, y, w, h])
+                if is_digit:
+                    objects.append(([x, y, w, h], int(labels[which])))
                 break
     return np.clip(image.round(), 0, 255).astype(np.uint8), objects
+
+
+def _scramble(rng: np.random.Generator, digit: np.ndarray) -> np.ndarray:
+    """Clutter with a digit's strokes: its four quarters exchanged, and each turned."""
+    n = len(digit) // 2
+    quarters = [digit[y : y + n, x : x + n] for y in (0, n) for x in (0, n)]
+    while True:
+        order = rng.permutation(4)
+        if (order != np.arange(4)).all():  # none stays in its place
+            break
+    turned = [np.rot90(quarters[i], int(rng.integers(4))) for i in order]
+    return np.block([turned[:2], turned[2:]])
 
 
 def _background(rng: np.random.Generator, photos: list[np.ndarray], size: int) -> np.ndarray:
@@ -268,24 +343,29 @@ def _write_coco(root: Path, split: str, scenes: Iterable[Scene]) -> None:
 
 
 def register() -> None:
-    """Register ``digits_scenes_{train,dev,val}``, which are written when they are first loaded."""
-    for split in ("train", "dev", "val"):
-        name = f"digits_scenes_{split}"
-        if name in DatasetCatalog:
-            continue
-        json_file, image_root = dataset_root() / f"{split}.json", dataset_root() / split
+    """Register the splits train, dev and val of ``digits_scenes`` and ``digits_sparse``.
 
-        def load(
-            json_file: Path = json_file, image_root: Path = image_root, name: str = name
-        ) -> list[dict[str, Any]]:
-            prepare()
-            return load_coco_json(str(json_file), str(image_root), name)
+    They are written when they are first loaded.
+    """
+    for family, spec in (("digits_scenes", SPEC), ("digits_sparse", SPARSE_SPEC)):
+        for split in ("train", "dev", "val"):
+            _register(f"{family}_{split}", split, spec)
 
-        DatasetCatalog.register(name, load)
-        MetadataCatalog.get(name).set(
-            json_file=str(json_file),
-            image_root=str(image_root),
-            thing_classes=CLASSES,
-            evaluator_type="coco",
-            prepare=prepare,
-        )
+
+def _register(name: str, split: str, spec: SceneSpec) -> None:
+    if name in DatasetCatalog:
+        return
+    json_file, image_root = dataset_root(spec) / f"{split}.json", dataset_root(spec) / split
+
+    def load() -> list[dict[str, Any]]:
+        prepare(spec)
+        return load_coco_json(str(json_file), str(image_root), name)
+
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(
+        json_file=str(json_file),
+        image_root=str(image_root),
+        thing_classes=CLASSES,
+        evaluator_type="coco",
+        prepare=lambda: prepare(spec),
+    )

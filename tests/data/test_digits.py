@@ -343,9 +343,7 @@ def test_registered_datasets_are_written_on_first_use(cache, monkeypatch):
         DatasetCatalog.remove(name)
     try:
         with monkeypatch.context() as patch:
-            dataset_root, prepare = digits.dataset_root, digits.prepare
-            patch.setattr(digits, "dataset_root", lambda spec=SPEC: dataset_root(spec))
-            patch.setattr(digits, "prepare", lambda spec=SPEC: prepare(spec))
+            patch.setattr(digits, "SPEC", SPEC)
             digits.register()
             digits.register()  # twice: Detectron2 alone would raise
             for name in names:
@@ -370,3 +368,38 @@ def test_missing_scikit_learn_raises(cache, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"pip install .*scikit-learn") as error:
         digits.prepare(SPEC)
     assert error.value.name == "sklearn"
+
+
+SPARSE = digits.SceneSpec(
+    image_size=96, num_train=6, num_dev=3, num_val=4, max_side=30, min_clutter=4, max_clutter=8
+)
+
+
+def test_clutter_is_drawn_and_has_no_box():
+    """Ink outside the boxes of the digits, which are as many as without clutter."""
+    ink, labels = ink_and_labels()
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        image, objects = digits.compose_scene(rng, ink, labels, GREY, SPARSE)
+        assert 1 <= len(objects) <= SPARSE.max_digits
+        outside = np.ones(image.shape[:2], bool)
+        for (x, y, w, h), _ in objects:
+            outside[y : y + h, x : x + w] = False
+        assert (image[outside] != 128).any()
+
+
+def test_no_quarter_of_a_scrambled_digit_stays_in_its_place():
+    digit = np.arange(64, dtype=float).reshape(8, 8)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scrambled = digits._scramble(rng, digit)
+        assert sorted(scrambled.ravel()) == sorted(digit.ravel())
+        for y, x in itertools.product((0, 4), repeat=2):
+            place = np.s_[y : y + 4, x : x + 4]
+            assert set(scrambled[place].ravel()) != set(digit[place].ravel())
+
+
+def test_scenes_without_clutter_keep_their_folder():
+    """A cache of an earlier version is not written again: its pixels are the same."""
+    assert digits.SPEC.digest == "6164eb64"
+    assert digits.SPARSE_SPEC.digest != digits.SPEC.digest

@@ -127,7 +127,7 @@ def two_ranks(monkeypatch):
     monkeypatch.setattr(heartbeat.comm, "get_world_size", lambda: 2)
     store, ranks = torch.distributed.HashStore(), []
     for rank in (0, 1):
-        monkeypatch.setattr(heartbeat.comm, "get_rank", lambda: rank)
+        monkeypatch.setattr(heartbeat.comm, "get_rank", lambda rank=rank: rank)
         ranks.append(heartbeat.Heartbeat(timeout=20))
         ranks[-1]._store = store
         ranks[-1]._write()

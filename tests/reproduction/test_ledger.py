@@ -1,6 +1,12 @@
-"""The ledger's page shows every result, the spread of the seeds, and claims that do not hold."""
+"""The ledger's page shows every result, its interval, and claims that do not hold."""
+
+import json
+import re
+
+import numpy as np
 
 from reproduction import plan
+from reproduction.intervals import RESAMPLES, interval
 from reproduction.ledger import LEDGER, Ledger
 from reproduction.paper import Claim
 
@@ -19,10 +25,38 @@ def page(tmp_path, results, claims=(), scale="mini"):
     return (tmp_path / "ledger.md").read_text()
 
 
-def test_seeds_are_averaged_and_their_spread_is_shown(tmp_path):
+def resampled(ap, spread=1.0):
+    """AP on resamples whose images are of different hardness, evenly around ``ap``."""
+    return list(ap + spread * np.linspace(-2, 2, RESAMPLES))
+
+
+def test_seeds_are_averaged(tmp_path):
     text = page(tmp_path, [result("1b gamma=2", 40.0), result("1b gamma=2", 43.0)])
-    assert "| gamma=2 | 34.0 | 41.5 | +7.5 | 51.5 | 36.5 | 2 | 3.0 | 1.5 | abc |" in text
+    assert "| gamma=2 | 34.0 | 41.5 |  | 51.5 | 36.5 | 2 | 1.5 | abc |" in text
     assert "Table 1a" not in text  # has no result
+
+
+def test_interval_is_that_of_images_and_seeds(tmp_path):
+    one = [result("1b gamma=2", 40.0, resampled_AP=resampled(40.0))]
+    assert "| 40.0 | 38.1 to 41.9 |" in page(tmp_path, one)
+    two = [*one, result("1b gamma=2", 44.0, resampled_AP=resampled(44.0))]
+    low, high = interval([r["resampled_AP"] for r in two], 42.0)
+    assert high - low > 6
+    assert f"| 42.0 | {low:.1f} to {high:.1f} |" in page(tmp_path, two)
+
+
+def test_run_with_other_settings_is_no_result_of_the_row(tmp_path):
+    """It has a table of its own."""
+    more = result("1b gamma=2", 50.0, set=["MODEL.RETINANET.NUM_CLASSES", "80"])
+    text = page(tmp_path, [result("1b gamma=2", 40.0), more])
+    assert "| gamma=2 | 34.0 | 40.0 |" in text
+    assert "| `MODEL.RETINANET.NUM_CLASSES 80` | 1b gamma=2 | 50.0 |  | 60.0 | 45.0 | 1 |" in text
+
+
+def test_each_run_is_one_line_of_the_file(tmp_path):
+    page(tmp_path, [result("1b gamma=2", 40.0, resampled_AP=resampled(40.0)), result("3 FL", 1.0)])
+    text = (tmp_path / "ledger.json").read_text()
+    assert len(text.splitlines()) == 6 and len(json.loads(text)["mini"]) == 2
 
 
 def test_diverged_row_shows_the_iteration(tmp_path):
@@ -58,10 +92,31 @@ def test_claims_hold_fail_or_diverge(tmp_path):
     assert "not measured" not in text
 
 
-def test_difference_within_the_spread_is_marked(tmp_path):
-    rows = [result("3 FL", 40.0), result("3 FL", 36.0), result("3 CE", 37.0)]
-    claims = [Claim("doubtful", "3 FL", ("3 CE",))]
-    assert "yes: +1.0, within the seeds' spread" in page(tmp_path, rows, claims)
+def test_difference_whose_interval_has_0_is_not_clear(tmp_path):
+    def row(name, ap, **more):
+        return result(name, ap, resampled_AP=resampled(ap, **more))
+
+    rows = [row("3 FL", 40.0), row("3 FL", 36.0), row("3 CE", 37.0), row("3 CE", 37.0)]
+    rows += [row("1b gamma=5", 20.0), row("1b gamma=0", 37.5)]
+    claims = [
+        Claim("doubtful", "3 FL", ("3 CE",)),
+        Claim("clear", "3 FL", ("1b gamma=5",)),
+        Claim("clearly wrong", "1b gamma=5", ("3 FL",)),
+        Claim("about equal", "1b gamma=0", ("3 CE",), within=2),
+        Claim("perhaps equal", "3 FL", ("3 CE",), within=2),
+        Claim("not equal", "1b gamma=5", ("3 CE",), within=2),
+    ]
+    verdicts = {
+        line.split(" | ")[0].lstrip("| "): line.split(" | ")[-1].rstrip(" |")
+        for line in page(tmp_path, rows, claims).splitlines()
+        if line.startswith("| ")
+    }
+    assert re.fullmatch(r"yes: \+1\.0 \[-\d\.\d, \+\d\.\d\], not clear", verdicts["doubtful"])
+    assert re.fullmatch(r"yes: \+18\.0 \[\+1\d\.\d, \+2\d\.\d\]", verdicts["clear"])
+    assert re.fullmatch(r"\*\*no\*\*: -18\.0 \[-2\d\.\d, -1\d\.\d\]", verdicts["clearly wrong"])
+    assert verdicts["about equal"] == "yes: +0.5 [+0.5, +0.5] (within 2)"
+    assert re.fullmatch(r"yes: \+1\.0 .* \(within 2\), not clear", verdicts["perhaps equal"])
+    assert verdicts["not equal"] == "**no**: -17.0 [-17.0, -17.0] (within 2)"
 
 
 def test_results_are_kept_on_disk_and_get_more_rows(tmp_path):

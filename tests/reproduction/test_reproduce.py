@@ -5,6 +5,7 @@ import json
 import pytest
 
 from reproduction import plan, reproduce
+from reproduction.intervals import RESAMPLES
 from reproduction.paper import load_paper
 from retina_plugin.engine import setup_cfg
 from retina_plugin.errors import ConfigError
@@ -56,8 +57,8 @@ def test_mini_takes_loss_sampler_and_anchors_from_the_row():
 def test_ohem_has_another_learning_rate_at_the_mini_scale():
     (ohem,) = planned("1d", rows=["OHEM 128 0.5"])
     (focal,) = planned("1d", rows=["FL"])
-    assert setup_cfg(str(focal.config), focal.opts).SOLVER.BASE_LR == 0.03
-    assert setup_cfg(str(ohem.config), ohem.opts).SOLVER.BASE_LR == 0.12
+    assert setup_cfg(str(focal.config), focal.opts).SOLVER.BASE_LR == 0.0075
+    assert setup_cfg(str(ohem.config), ohem.opts).SOLVER.BASE_LR == 0.03
 
 
 def test_key_depends_on_settings_overrides_and_seed_but_not_on_imports():
@@ -106,7 +107,7 @@ def test_dry_run_lists_runs_and_starts_none(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_results_are_recorded_and_not_trained_again(tiny_digits, tmp_path, capsys, monkeypatch):
+def test_results_are_recorded_and_not_trained_again(tiny_sparse, tmp_path, capsys, monkeypatch):
     """One run diverges and one ends; asked again, the result comes from the ledger."""
     monkeypatch.chdir(tmp_path)
     ledger = tmp_path / "docs" / "ledger.json"
@@ -122,7 +123,10 @@ def test_results_are_recorded_and_not_trained_again(tiny_digits, tmp_path, capsy
     finished = results["1b gamma=2"]
     assert 0 <= finished["AP"] <= finished["AP50"] <= 100 and finished["early_loss"] > 0
     page = ledger.with_suffix(".md").read_text()
-    assert "| gamma=2 | 34.0 |" in page and "diverged at iteration 1 |" in page
+    settings = " ".join(SHORT)
+    assert f"| `{settings}` | 1b gamma=2 | {finished['AP']:.1f} |" in page
+    assert "| diverged at iteration 1 |" in page
+    assert len(finished["resampled_AP"]) == RESAMPLES
 
     monkeypatch.setattr(reproduce, "start", None)  # nothing starts now
     capsys.readouterr()
@@ -132,7 +136,7 @@ def test_results_are_recorded_and_not_trained_again(tiny_digits, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_interrupted_run_resumes(tiny_digits, tmp_path, monkeypatch):
+def test_interrupted_run_resumes(tiny_sparse, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     where = ["--output", str(tmp_path / "runs"), "--seeds", "1"]
     arguments = ["1b", "--scale", "mini", "--rows", "gamma=2", *where]
@@ -146,7 +150,7 @@ def test_interrupted_run_resumes(tiny_digits, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_failed_run_is_not_recorded_and_sets_the_exit_status(tiny_digits, tmp_path, monkeypatch):
+def test_failed_run_is_not_recorded_and_sets_the_exit_status(tiny_sparse, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ledger = tmp_path / "ledger.json"
     where = ["--ledger", str(ledger), "--output", str(tmp_path / "runs"), "--seeds", "1"]

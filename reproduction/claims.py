@@ -1,0 +1,97 @@
+"""Whether what was measured shows the orderings that the paper reports."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reproduction.intervals import difference_interval
+from reproduction.paper import Claim, load_paper
+
+__all__ = ["Judgement", "judged", "paper_difference", "resampled"]
+
+Results = Mapping[str, Sequence[dict[str, Any]]]  # "TABLE ROW" -> the results of its seeds
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the results say about a claim.
+
+    Args:
+        rows: the better row and the other one, with what was measured.
+        holds: whether the claim shows.
+        clear: whether chance is no explanation: the 95 % interval lies on one side of the limit.
+        verdict: both in words, with the numbers.
+        interval: the difference of AP and the ends of its interval; None if one row diverged, and
+            for a claim about something else.
+    """
+
+    rows: tuple[str, str]
+    holds: bool
+    clear: bool
+    verdict: str
+    interval: tuple[float, float, float] | None = None
+
+
+def judged(claims: Sequence[Claim], measured: Results) -> Iterator[tuple[Claim, Judgement]]:
+    """Each claim whose rows have results. It is about the best of its worse rows."""
+    for claim in claims:
+        others = [row for row in claim.worse if row in measured]
+        if claim.better in measured and others:
+            other = max(others, key=lambda row: _mean(measured[row], "AP") or 0.0)
+            yield claim, _judge(claim, other, measured)
+
+
+def paper_difference(claim: Claim) -> float | None:
+    """The paper's AP of the better row less that of the best worse one; None if it has none."""
+    if claim.measure != "AP":
+        return None
+    rows = {str(row): row for table in load_paper().values() for row in table.rows}
+    worse = [rows[name].metrics["AP"] for name in claim.worse if not rows[name].diverges]
+    return rows[claim.better].metrics["AP"] - max(worse) if worse else None
+
+
+def resampled(results: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """AP on the resamples, of each seed that did not diverge; empty if one has none."""
+    found = [r.get("resampled_AP") for r in results if "AP" in r]
+    return found if all(found) else []  # type: ignore[return-value]
+
+
+def _judge(claim: Claim, other: str, measured: Results) -> Judgement:
+    results = measured[claim.better], measured[other]
+    better, worse = (_mean(r, claim.measure) for r in results)
+    shown = _shown(claim.better, better, claim), _shown(other, worse, claim)
+    if better is None:
+        return Judgement(shown, False, True, "**no**: diverged")
+    if worse is None:
+        return Judgement(shown, True, True, "yes: the other diverged")
+    if claim.measure == "early_loss":
+        ratio = f"{'yes' if better < worse else '**no**'}: {worse / better:.0f}x"
+        return Judgement(shown, better < worse, True, ratio)
+    difference = low = high = better - worse
+    found = f"{difference:+.1f}"
+    of_better, of_worse = map(resampled, results)
+    if of_better and of_worse:
+        low, high = difference_interval(of_better, of_worse, difference)
+        found += f" [{low:+.1f}, {high:+.1f}]"
+    if claim.within is None:
+        holds, clear = difference > 0, low > 0 or high < 0
+    else:
+        limit = claim.within
+        holds = abs(difference) <= limit
+        clear = (-limit <= low and high <= limit) if holds else (low > limit or high < -limit)
+        found += f" (within {limit:g})"
+    verdict = f"{'yes' if holds else '**no**'}: {found}{'' if clear else ', not clear'}"
+    return Judgement(shown, holds, clear, verdict, (difference, low, high))
+
+
+def _shown(row: str, value: float | None, claim: Claim) -> str:
+    name = "" if claim.measure == "AP" else f"{claim.measure.replace('_', ' ')} "
+    return f"{row}: {name}" + ("diverged" if value is None else f"{value:.1f}")
+
+
+def _mean(results: Sequence[dict[str, Any]], measure: str) -> float | None:
+    values = [r[measure] for r in results if measure in r]
+    return statistics.mean(values) if values else None

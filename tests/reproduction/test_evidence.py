@@ -1,0 +1,84 @@
+"""The page that shows the paper's claims: drawn from the ledger and from the runs' folders."""
+
+import json
+import re
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from reproduction import evidence
+from reproduction.claims import Judgement, judged, paper_difference
+from reproduction.ledger import Ledger
+from reproduction.paper import Claim, load_claims
+from retina_plugin.data import register_datasets
+from retina_plugin.doctor import dataset_records
+
+
+def judgement(holds, clear):
+    return Claim("x", "3 FL", ("3 CE",)), Judgement(("a", "b"), holds, clear, "yes")
+
+
+def test_summary_counts_what_shows():
+    found = [judgement(True, True)] * 3 + [judgement(True, False), judgement(False, False)]
+    text = evidence.summary([*found, judgement(False, True)])
+    assert "Of 6 orderings that the paper reports, 3 show, 2 lie within" in text
+    assert "1 do not show" in text
+
+
+def test_paper_difference_is_that_of_the_best_of_the_others():
+    of = {claim.text.partition(" (")[0]: paper_difference(claim) for claim in load_claims()}
+    assert of["FL beats the best CE"] == pytest.approx(34.0 - 31.1)
+    assert of["FL beats the best OHEM"] == pytest.approx(36.0 - 32.8)
+    assert of["pi = .01 trains, pi = .5 diverges or is worse"] is None
+    assert of["pi = .5 makes the early loss large"] is None
+
+
+@pytest.fixture
+def folder(tiny_sparse, tiny_cfg, tmp_path):
+    """What a run leaves: its config, weights, losses and detections, some of them right."""
+    register_datasets([evidence._DATASET])
+    tiny_cfg.DATASETS.TEST = (evidence._DATASET,)
+    folder = tmp_path / "run"
+    predictions = folder / "inference" / evidence._DATASET / "coco_instances_results.json"
+    predictions.parent.mkdir(parents=True)
+    (folder / "config.yaml").write_text(tiny_cfg.dump())
+    torch.save({"model": build_model(tiny_cfg).state_dict()}, folder / "model_final.pth")
+    losses = [{"iteration": i, "total_loss": 2 / i, "loss_cls": 1 / i} for i in (1, 20, 40)]
+    (folder / "metrics.json").write_text("".join(json.dumps(x) + "\n" for x in losses))
+    found = []
+    for number, record in enumerate(dataset_records(evidence._DATASET)):
+        for one in record["annotations"]:
+            result = {"image_id": record["image_id"], "category_id": one["category_id"] + 1}
+            found.append({**result, "bbox": one["bbox"], "score": 0.9 - number / 10})
+    found.append({**found[-1], "bbox": [0, 0, 5, 5], "score": 0.95})
+    predictions.write_text(json.dumps(found))
+    return folder
+
+
+def test_page_has_pictures_and_measured_numbers(folder, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.json")
+    for seed, (row, ap) in enumerate([("1b gamma=2", 40.0), ("1b gamma=5", 30.0)]):
+        more = {"AP50": 50.0, "AP75": 30.0, "seconds": 60, "commit": "abc"}
+        ledger.record("mini", f"k-seed{seed}", {"rows": [row], "opts": [], "AP": ap, **more})
+    page = tmp_path / "docs" / "evidence.md"
+    text = evidence.page(ledger, dict.fromkeys(evidence._SHOWN, folder), page)
+    assert re.search(r"\| gamma 2 beats gamma 5 .*\| yes: \+10\.0 *\|", text)
+    pictures = re.findall(r"\]\((images/.*?)\)", text)
+    assert len(pictures) == 4
+    for name in pictures:
+        assert (page.parent / name).stat().st_size > 10_000
+    # every object is found with the right class; one detection is wrong, and scored the highest
+    (recall,) = {line.split("|")[4].strip() for line in text.splitlines() if "CE, α" in line}
+    assert recall == "1.000"
+
+
+@pytest.mark.skipif(not evidence.PAGE.exists(), reason="not written yet")
+def test_the_repositorys_page_has_the_verdicts_of_its_ledger():
+    text = evidence.PAGE.read_text(encoding="utf-8")
+    ledger = Ledger()
+    found = list(judged(ledger.claims, ledger.by_row("mini")))
+    assert evidence.summary(found) in text
+    for claim, one in found:
+        (line,) = [x for x in text.splitlines() if x.startswith(f"| {claim.text} ")]
+        assert [cell.strip() for cell in line.split("|")[2:-1]] == [*one.rows, one.verdict]
