@@ -22,7 +22,8 @@ class Judgement:
     Args:
         rows: the better row and the other one, with what was measured.
         holds: whether the claim shows.
-        clear: whether chance is no explanation: the 95 % interval lies on one side of the limit.
+        clear: whether chance is no explanation: the 95 % interval lies on one side of the limit,
+            and both rows have more than one seed.
         verdict: both in words, with the numbers.
         interval: the difference of AP and the ends of its interval; None if one row diverged, and
             for a claim about something else.
@@ -83,7 +84,10 @@ def _judge(claim: Claim, other: str, measured: Results) -> Judgement:
         holds = abs(difference) <= limit
         clear = (-limit <= low and high <= limit) if holds else (low > limit or high < -limit)
         found += f" (within {limit:g})"
-    verdict = f"{'yes' if holds else '**no**'}: {found}{'' if clear else ', not clear'}"
+    doubt = "" if clear else ", not clear"
+    if of_better and of_worse and min(len(of_better), len(of_worse)) == 1:
+        clear, doubt = False, ", one seed"  # so the interval does not know what another would give
+    verdict = f"{'yes' if holds else '**no**'}: {found}{doubt}"
     return Judgement(shown, holds, clear, verdict, (difference, low, high))
 
 

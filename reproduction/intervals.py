@@ -8,6 +8,9 @@ Bootstrap", 1993):
   for all rows does not widen the interval of their difference;
 - seeds: a row's mean over n seeds is drawn from its n runs. Means of n draws spread less than means
   of n new seeds would, by sqrt((n - 1) / n); the deviations are enlarged by the inverse.
+
+With few seeds such an interval is a little short: of normally spread APs, it covers the true
+difference of two rows in 91 % of cases with two seeds and in 94 % with three (see the tests).
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ def test_difference_whose_interval_has_0_is_not_clear(tmp_path):
         return result(name, ap, resampled_AP=resampled(ap, **more))
 
     rows = [row("3 FL", 40.0), row("3 FL", 36.0), row("3 CE", 37.0), row("3 CE", 37.0)]
-    rows += [row("1b gamma=5", 20.0), row("1b gamma=0", 37.5)]
+    rows += 2 * [row("1b gamma=5", 20.0), row("1b gamma=0", 37.5)]
+    rows.append(row("1b gamma=1", 50.0))
     claims = [
         Claim("doubtful", "3 FL", ("3 CE",)),
         Claim("clear", "3 FL", ("1b gamma=5",)),
@@ -105,6 +106,7 @@ def test_difference_whose_interval_has_0_is_not_clear(tmp_path):
         Claim("about equal", "1b gamma=0", ("3 CE",), within=2),
         Claim("perhaps equal", "3 FL", ("3 CE",), within=2),
         Claim("not equal", "1b gamma=5", ("3 CE",), within=2),
+        Claim("too few", "1b gamma=1", ("3 CE",)),
     ]
     verdicts = {
         line.split(" | ")[0].lstrip("| "): line.split(" | ")[-1].rstrip(" |")
@@ -116,6 +118,7 @@ def test_difference_whose_interval_has_0_is_not_clear(tmp_path):
     assert re.fullmatch(r"\*\*no\*\*: -18\.0 \[-2\d\.\d, -1\d\.\d\]", verdicts["clearly wrong"])
     assert verdicts["about equal"] == "yes: +0.5 [+0.5, +0.5] (within 2)"
     assert re.fullmatch(r"yes: \+1\.0 .* \(within 2\), not clear", verdicts["perhaps equal"])
+    assert verdicts["too few"] == "yes: +13.0 [+13.0, +13.0], one seed"
     assert verdicts["not equal"] == "**no**: -17.0 [-17.0, -17.0] (within 2)"
 
 
