@@ -106,6 +106,18 @@ def test_dry_run_lists_runs_and_starts_none(tmp_path, capsys, monkeypatch):
     assert not ledger.exists()
 
 
+@pytest.mark.parametrize(("rows", "jobs"), [(["gamma=2"], 1), (["gamma=2", "gamma=5"], 2)])
+def test_few_runs_share_all_cores(tmp_path, monkeypatch, rows, jobs):
+    """A run that is alone gets all threads."""
+    asked = []
+    monkeypatch.setattr(reproduce, "default_jobs", lambda scale: 2)
+    monkeypatch.setattr(reproduce, "check_weights", lambda cfg: None)
+    monkeypatch.setattr(reproduce, "execute", lambda runs, scale, jobs, *rest: asked.append(jobs))
+    where = ["--ledger", str(tmp_path / "ledger.json"), "--seeds", "1"]
+    reproduce.main(["1b", "--scale", "mini", "--rows", *rows, *where])
+    assert asked == [jobs]
+
+
 @pytest.mark.slow
 def test_results_are_recorded_and_not_trained_again(tiny_sparse, tmp_path, capsys, monkeypatch):
     """One run diverges and one ends; asked again, the result comes from the ledger."""
