@@ -22,11 +22,11 @@ class Judgement:
     Args:
         rows: the better row and the other one, with what was measured.
         holds: whether the claim shows.
-        clear: whether chance is no explanation: the 95 % interval lies on one side of the limit,
-            and both rows have more than one seed.
+        clear: whether chance is an unlikely explanation: the 95 % interval lies on one side of the
+            limit, both rows have more than one seed, and none diverged.
         verdict: both in words, with the numbers.
-        interval: the difference of AP and the ends of its interval; None if one row diverged, and
-            for a claim about something else.
+        interval: the difference of AP and the ends of its interval, which are equal if the results
+            have none; None if one row diverged, and for a claim about something else.
     """
 
     rows: tuple[str, str]
@@ -64,19 +64,27 @@ def _judge(claim: Claim, other: str, measured: Results) -> Judgement:
     results = measured[claim.better], measured[other]
     better, worse = (_mean(r, claim.measure) for r in results)
     shown = _shown(claim.better, better, claim), _shown(other, worse, claim)
-    if better is None:
-        return Judgement(shown, False, True, "**no**: diverged")
-    if worse is None:
-        return Judgement(shown, True, True, "yes: the other diverged")
+    doubts = []
+    if min(map(len, results)) == 1:
+        doubts.append("one seed")  # nobody knows what another would give
+    if better is None or worse is None:
+        verdict = "**no**: diverged" if better is None else "yes: the other diverged"
+        return Judgement(shown, better is not None, not doubts, ", ".join([verdict, *doubts]))
+    for row, runs in zip((claim.better, other), results):
+        if diverged := sum("AP" not in r for r in runs):
+            doubts.append(f"{diverged} of {len(runs)} seeds of {row} diverged")
     if claim.measure == "early_loss":
-        ratio = f"{'yes' if better < worse else '**no**'}: {worse / better:.0f}x"
-        return Judgement(shown, better < worse, True, ratio)
+        holds = better < worse
+        verdict = f"{'yes' if holds else '**no**'}: {worse / better:.1f} times as large"
+        return Judgement(shown, holds, not doubts, ", ".join([verdict, *doubts]))
     difference = low = high = better - worse
     found = f"{difference:+.1f}"
     of_better, of_worse = map(resampled, results)
     if of_better and of_worse:
         low, high = difference_interval(of_better, of_worse, difference)
         found += f" [{low:+.1f}, {high:+.1f}]"
+    else:
+        doubts.append("no interval")
     if claim.within is None:
         holds, clear = difference > 0, low > 0 or high < 0
     else:
@@ -84,11 +92,11 @@ def _judge(claim: Claim, other: str, measured: Results) -> Judgement:
         holds = abs(difference) <= limit
         clear = (-limit <= low and high <= limit) if holds else (low > limit or high < -limit)
         found += f" (within {limit:g})"
-    doubt = "" if clear else ", not clear"
-    if of_better and of_worse and min(len(of_better), len(of_worse)) == 1:
-        clear, doubt = False, ", one seed"  # so the interval does not know what another would give
-    verdict = f"{'yes' if holds else '**no**'}: {found}{doubt}"
-    return Judgement(shown, holds, clear, verdict, (difference, low, high))
+    if not clear:
+        doubts.append("not clear")
+    verdict = ", ".join([f"{'yes' if holds else '**no**'}: {found}", *doubts])
+    interval = (difference, low, high)
+    return Judgement(shown, holds, not doubts, verdict, interval)
 
 
 def _shown(row: str, value: float | None, claim: Claim) -> str:

@@ -83,7 +83,7 @@ def pretrain_backbone(path: Path, iterations: int = _ITERATIONS) -> float:
 
 def _model_cfg() -> CfgNode:
     # Building the pyramid draws random numbers before the classifier does. Its own weights are not
-    # kept, but another width would change the weights of version 1.
+    # kept, but another width would change the weights.
     pyramid = ["MODEL.FPN.OUT_CHANNELS", "256", "MODEL.FPN.NORM", ""]
     return setup_cfg("_base_/digits_R18.yaml", pyramid)
 

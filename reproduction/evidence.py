@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,19 @@ from tabulate import tabulate
 from reproduction.claims import Judgement, judged
 from reproduction.ledger import LEDGER, Ledger
 from reproduction.paper import Claim, checkout
-from reproduction.plan import Run, plan, select_rows
+from reproduction.plan import MINI_DATASET, MINI_TABLES, plan, select_rows
 from reproduction.plots import claims, learning, scenes, trained_model
 from reproduction.plots.style import STYLE, Plot, save
-from reproduction.reproduce import default_jobs, execute
+from reproduction.reproduce import default_jobs, execute, predictions
 from retina_plugin.cache import atomic_write
 from retina_plugin.engine import check_weights, setup_cfg
 from retina_plugin.errors import ConfigError
 
-__all__ = ["MINI_TABLES", "main", "page"]
+__all__ = ["main", "page", "summary"]
 
 PAGE = checkout() / "docs" / "evidence.md"
 TEMPLATE = checkout() / "reproduction" / "evidence_page.md"
-MINI_TABLES = ("5.1", "1a", "1b", "1c", "1d", "3")  # of rows that the mini scale has
 
-_DATASET = "digits_sparse_val"
 # Label in the pictures -> the row, of which the run with seed 1 is shown.
 _FOCAL, _BALANCED = "FL, γ = 2", "CE, α = .75, π = .01"
 _SHOWN = {
@@ -59,29 +57,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="list the runs, start none")
     args = parser.parse_args(argv)
     ledger, output = Ledger(args.ledger), args.output.resolve()
-    shown = {label: _run_of(row) for label, row in _SHOWN.items()}
-    for run in shown.values():
-        run.folder = output / "mini" / run.key
-    todo = {
-        run.key: run
-        for run in plan(select_rows(MINI_TABLES, []), "mini", args.seeds)
-        if run.key not in ledger.runs("mini")
+    runs = plan(select_rows(MINI_TABLES, []), "mini", args.seeds)
+    folders = {
+        label: output / "mini" / next(run.key for run in runs if row in run.rows)
+        for label, row in _SHOWN.items()
     }
-    todo |= {run.key: run for run in shown.values() if not _has_files(run.folder)}
+    incomplete = {folders[label].name for label, file in _files(folders) if not file.is_file()}
+    todo = [r for r in runs if r.key not in ledger.runs("mini") or r.key in incomplete]
     jobs = min(args.jobs or default_jobs("mini"), max(1, len(todo)))
     print(f"{len(todo)} runs to train, {jobs} at a time")
     if args.dry_run:
-        print("\n".join(f"{run.key}  {', '.join(run.rows)}" for run in todo.values()))
+        print("\n".join(f"{run.key}  {', '.join(run.rows)}" for run in todo))
         return 0
     try:
         if todo:
-            first = next(iter(todo.values()))
-            check_weights(setup_cfg(str(first.config), first.opts))
-            if execute(list(todo.values()), "mini", jobs, output, ledger):
+            check_weights(setup_cfg(str(todo[0].config), todo[0].opts))
+            if execute(todo, "mini", jobs, output, ledger):
                 return 1
+        for run in runs:
+            ledger.add_rows("mini", run.key, run.rows)
         with matplotlib.rc_context(STYLE):
-            text = page(ledger, {label: run.folder for label, run in shown.items()}, args.page)
-    except ConfigError as error:
+            text = page(ledger, folders, args.page)
+    except (ConfigError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     with atomic_write(args.page) as path:
         path.write_text(text, encoding="utf-8")
@@ -100,22 +97,22 @@ def page(ledger: Ledger, folders: dict[str, Path], path: Path) -> str:
     found = list(judged(ledger.claims, ledger.by_row("mini")))
     folder = folders[_FOCAL]
     loss = trained_model.draw(str(folder / "config.yaml"), str(folder / "model_final.pth"))
-    predictions = {label: _predictions(folders[label]) for label in _SCENES}
+    found_by = {label: predictions(folders[label], MINI_DATASET) for label in _SCENES}
     drawn = {
         "claims": claims.draw(found),
         "loss": loss,
         "curves": learning.draw(folders),
-        "scenes": scenes.draw(predictions, _DATASET),
+        "scenes": scenes.draw(found_by, MINI_DATASET),
     }
     for name, plot in drawn.items():
         save(Plot(plot.figure, {}), path.parent / "images", f"evidence_{name}", ("png",))
     verdicts = [[claim.text, *judgement.rows, judgement.verdict] for claim, judgement in found]
     return TEMPLATE.read_text(encoding="utf-8").format(
         summary=summary(found),
-        dataset=_DATASET,
+        dataset=MINI_DATASET,
         table=_markdown(["the paper's claim", "better", "compared with", "shows?"], verdicts),
-        shares=_table(drawn["loss"], "shares"),
-        thresholds=_table(drawn["scenes"], ""),
+        shares=_table(drawn["loss"], "shares", ("", "", "g", ".3f", ".3f")),
+        thresholds=_table(drawn["scenes"], "", ".3f"),
     )
 
 
@@ -125,32 +122,29 @@ def summary(found: Sequence[tuple[Claim, Judgement]]) -> str:
     unclear = sum(not j.clear for _, j in found)
     wrong = sum(not j.holds and j.clear for _, j in found)
     return (
-        f"Of {len(found)} orderings that the paper reports, {clear} show, {unclear} lie within "
-        f"their 95 % interval, and {wrong} do not show."
+        f"Of {len(found)} orderings that the paper reports, {clear} show, {wrong} do not, and "
+        f"{unclear} are not clear: chance may explain them."
     )
 
 
-def _run_of(row: str) -> Run:
-    table, _, name = row.partition(" ")
-    (run,) = plan(select_rows([table], [name]), "mini", 1)
-    return run
+def _files(folders: dict[str, Path]) -> Iterator[tuple[str, Path]]:
+    """What the pictures need of each run."""
+    yield _FOCAL, folders[_FOCAL] / "model_final.pth"
+    for label in folders:
+        yield label, folders[label] / "metrics.json"
+    for label in _SCENES:
+        yield label, predictions(folders[label], MINI_DATASET)
 
 
-def _has_files(folder: Path) -> bool:
-    return (folder / "model_final.pth").is_file() and _predictions(folder).is_file()
-
-
-def _predictions(folder: Path) -> Path:
-    return folder / "inference" / _DATASET / "coco_instances_results.json"
-
-
-def _table(plot: Plot, name: str) -> str:
+def _table(plot: Plot, name: str, floatfmt: str | Sequence[str]) -> str:
     header, rows = plot.tables[name]
-    return _markdown(header, rows)
+    return _markdown(header, rows, floatfmt)
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    return tabulate(rows, header, "github", floatfmt=".3f")
+def _markdown(
+    header: Sequence[str], rows: Iterable[Sequence[Any]], floatfmt: str | Sequence[str] = "g"
+) -> str:
+    return tabulate(rows, header, "github", floatfmt=floatfmt)
 
 
 if __name__ == "__main__":

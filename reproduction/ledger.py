@@ -15,6 +15,7 @@ from typing import Any
 from reproduction.claims import judged, resampled
 from reproduction.intervals import interval
 from reproduction.paper import Claim, Table, checkout, load_claims, load_paper
+from reproduction.plan import MINI_DATASET
 
 __all__ = ["Ledger", "summary"]
 
@@ -31,15 +32,15 @@ _SCALES = {
 
 COCO, with the paper's models and schedule. A row that is not listed has not been run yet.
 """,
-    "mini": """## Mini scale
+    "mini": f"""## Mini scale
 
 Each row's loss, sampler and anchors on a small model and the embedded sparse scenes
 (`reproduction/mini.yaml`). The backbone was first trained to classify digits, as the paper's was
-trained on ImageNet. AP is COCO's, on the 500 images of `digits_sparse_val`. Compare the order of
+trained on ImageNet. AP is COCO's, on the 500 images of `{MINI_DATASET}`. Compare the order of
 the rows of a table, not their AP with the paper's: the images and the model are different.
 
-An interval holds 95 % of what other test images and other seeds would give
-(`reproduction/intervals.py`).
+An interval is the 95 % confidence interval of a row's mean, over test images and seeds
+(`reproduction/intervals.py`). With one seed it is over images only.
 """,
 }
 
@@ -149,7 +150,7 @@ def _table(table: Table, measured: dict[str, list[dict[str, Any]]], scale: str) 
     rows = [row for row in table.rows if str(row) in measured]
     if not rows:
         return ""
-    split = table.split if scale == "paper" else "digits_sparse_val"
+    split = table.split if scale == "paper" else MINI_DATASET
     where = f"Table {table.key}" if table.key != "5.1" else "Section 5.1"
     lines = [
         f"### {where}: {table.title}",
@@ -192,14 +193,19 @@ def _claims(claims: Sequence[Claim], measured: dict[str, list[dict[str, Any]]]) 
     lines = [
         "### Which of the paper's orderings show at this scale",
         "",
-        "In brackets, the 95 % interval of the difference. An ordering is clear if 0 lies outside.",
+        "In brackets, the 95 % interval of the difference. A difference is clear if 0 lies outside "
+        'of it; "within 2" is clear if 2 and -2 do.',
         "",
         "| the paper's claim | better row | compared with | does it show? |",
         "|---|---|---|---|",
     ]
     for claim, judgement in found:
         lines.append(f"| {' | '.join([claim.text, *judgement.rows, judgement.verdict])} |")
-    notes = [f"- {claim.text}: {claim.note}" for claim, _ in found if claim.note]
+    notes = [
+        f"- {claim.text}: {claim.note}"
+        for claim, judgement in found
+        if claim.note and not (judgement.holds and judgement.clear)
+    ]
     return "\n".join([*lines, "", *notes, ""])
 
 

@@ -87,7 +87,7 @@ class Claim:
         worse: "TABLE ROW" of the others; the claim is about the best of those that were measured.
         measure: what is compared: AP (higher is better), or early_loss (lower is better).
         within: for a claim that two rows are about equal: the largest difference.
-        note: what explains a claim that does not hold here.
+        note: what explains a claim that does not show here; it is printed only then.
     """
 
     text: str

@@ -17,8 +17,19 @@ from retina_plugin.config import flatten
 from retina_plugin.engine.setup import load_config, setup_cfg
 from retina_plugin.errors import ConfigError, check_choice
 
-__all__ = ["Run", "plain_value", "plan", "recipe", "run_key", "select_rows"]
+__all__ = [
+    "MINI_DATASET",
+    "MINI_TABLES",
+    "Run",
+    "plain_value",
+    "plan",
+    "recipe",
+    "run_key",
+    "select_rows",
+]
 
+MINI_TABLES = ("5.1", "1a", "1b", "1c", "1d", "3")  # whose rows the mini scale has
+MINI_DATASET = "digits_sparse_val"  # that its AP is measured on
 MINI = checkout() / "reproduction" / "mini.yaml"
 _MINI_ANCHORS = 0.5  # the embedded digits are about half as large as COCO's objects
 # OHEM's loss is a mean over the anchors that it keeps, so it needs another learning rate than the

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -120,10 +121,14 @@ def _resampled(run: Run) -> list[float]:
     cfg = setup_cfg(str(run.config), run.opts)
     register_datasets(cfg.DATASETS.TEST)
     dataset = cfg.DATASETS.TEST[0]
-    predictions = run.folder / "inference" / dataset / "coco_instances_results.json"
-    annotations = Path(MetadataCatalog.get(dataset).json_file)
-    found = resampled_ap(annotations, json.loads(predictions.read_text()))
+    annotations = checkout() / MetadataCatalog.get(dataset).json_file  # relative to where it ran
+    found = resampled_ap(annotations, json.loads(predictions(run.folder, dataset).read_text()))
     return [round(float(x), 2) for x in found]
+
+
+def predictions(folder: Path, dataset: str) -> Path:
+    """The file of a run's detections, in COCO's result format."""
+    return folder / "inference" / dataset / "coco_instances_results.json"
 
 
 def commit() -> str:
@@ -139,8 +144,10 @@ def commit() -> str:
 
 
 def execute(runs: Sequence[Run], scale: str, jobs: int, output: Path, ledger: Ledger) -> list[Run]:
-    """Train ``jobs`` runs at a time and record each result; return the runs that failed."""
+    """Train ``jobs`` runs at a time and record each new result; return the runs that failed."""
     waiting = list(runs)
+    # A kill ends as Ctrl-C does: the runs save what they have and end, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     active: list[Run] = []
     failed: list[Run] = []
     free = list(range(jobs))
@@ -166,7 +173,8 @@ def execute(runs: Sequence[Run], scale: str, jobs: int, output: Path, ledger: Le
                         failed.append(run)
                         tqdm.write(f"FAILED   {run.key}  see {run.folder / 'console.txt'}")
                     else:
-                        ledger.record(scale, run.key, result)
+                        if run.key not in ledger.runs(scale):
+                            ledger.record(scale, run.key, result)
                         tqdm.write(f"finished {run.key}  {summary(result)}")
                 bar.n = ended + sum(run.iteration() for run in active)
                 bar.set_postfix_str(f"{len(active)} running, {len(waiting)} waiting")
@@ -216,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if todo:  # download or train the weights once, not in every run
         try:
             check_weights(setup_cfg(str(todo[0].config), todo[0].opts))
-        except ConfigError as error:
+        except (ConfigError, ModuleNotFoundError) as error:
             sys.exit(f"error: {error}")
     failed = execute(todo, args.scale, jobs, args.output.resolve(), ledger)
     for run in runs:

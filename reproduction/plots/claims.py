@@ -16,7 +16,6 @@ def draw(found: Sequence[tuple[Claim, Judgement]]) -> Plot:
     """A line for each claim about AP whose rows did not diverge, in the order of the paper."""
     shown = [(claim, judgement) for claim, judgement in found if judgement.interval]
     figure, (axes,) = new_figure(9.6, 0.9 + 0.42 * len(shown))
-    rows = []
     for place, (claim, judgement) in enumerate(shown):
         assert judgement.interval is not None
         difference, low, high = judgement.interval
@@ -26,7 +25,6 @@ def draw(found: Sequence[tuple[Claim, Judgement]]) -> Plot:
         axes.plot(difference, place, "o", color=colour, markersize=7)
         if paper is not None:
             axes.plot(paper, place, "D", color=BLACK, markersize=5, fillstyle="none")
-        rows.append([claim.text, difference, low, high, "" if paper is None else paper])
     axes.axvline(0, color=BLACK, linewidth=0.8)
     axes.plot([], [], "D", color=BLACK, fillstyle="none", label="paper")
     for label, colour in {"shows": BLUE, "not clear": GREY, "does not show": ORANGE}.items():
@@ -35,5 +33,4 @@ def draw(found: Sequence[tuple[Claim, Judgement]]) -> Plot:
     axes.invert_yaxis()
     axes.set(xlabel="difference of AP, with its 95 % interval")
     axes.legend(loc="best")
-    header = ["claim", "difference", "lower", "upper", "paper"]
-    return Plot(figure, {"": (header, rows)})
+    return Plot(figure, {})

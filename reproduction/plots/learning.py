@@ -21,11 +21,9 @@ def draw(folders: Mapping[str, Path]) -> Plot:
         folders: label -> ``OUTPUT_DIR`` of a run.
     """
     figure, (axes,) = new_figure(7.6, 4.4)
-    rows = []
     for (label, folder), colour in zip(folders.items(), BY_GAMMA):
         points = np.array(read_metrics(folder / "metrics.json")["loss_cls"])
         axes.plot(points[:, 0] + 1, points[:, 1], color=colour, label=label)
-        rows += [[label, int(iteration) + 1, loss] for iteration, loss in points]
     axes.set(xlabel="iteration", ylabel="classification loss (nats)", yscale="log")
     axes.legend()
-    return Plot(figure, {"": (["run", "iteration", "loss"], rows)})
+    return Plot(figure, {})

@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from retina_plugin.analysis.ground_truth import GroundTruth, read_ground_truth
+from retina_plugin.analysis.ground_truth import read_ground_truth
 from retina_plugin.analysis.matching import Evaluation
-from retina_plugin.analysis.predictions import Found, read_predictions
+from retina_plugin.analysis.predictions import read_predictions
 from retina_plugin.analysis.thresholds import best_threshold
 from retina_plugin.predict.images import as_bgr
 
@@ -40,31 +40,34 @@ def draw(predictions: Mapping[str, Path], dataset: str, images: int = 3) -> Plot
         found = read_predictions(path, truth)
         evaluation = Evaluation(truth, found)
         counted = evaluation.right >= 0
-        right = evaluation.right[counted] == 1
-        best = best_threshold(found.scores[counted], right, len(truth.boxes))
+        best = best_threshold(
+            found.scores[counted], evaluation.right[counted] == 1, len(truth.boxes)
+        )
         score = 1.0 if best.score is None else best.score
         rows.append([label, score, best.precision, best.recall, best.f1])
-        kept = found.scores >= score
+        kept = found[found.scores >= score]
+        shown = Evaluation(truth, kept)
         of_row = panels[number * images : (number + 1) * images]
         for axes, image in zip(of_row, chosen):
-            here = kept & (found.images == image)
-            _panel(axes, truth, image, found[here], evaluation.right[here] == 1)
+            here = kept.images == image
+            missed = truth.boxes[shown.missed & (truth.images == image)]
+            _panel(axes, truth.path(image), missed)
+            for box, k, right in zip(kept.boxes[here], kept.classes[here], shown.right[here]):
+                colour = _RIGHT if right == 1 else _WRONG
+                _box(axes, box, colour)
+                name, place = truth.class_names[k], (box[0], max(box[1] - 2, 8))
+                axes.text(*place, name, color=colour, fontsize=10, fontweight="bold")
         of_row[0].set_ylabel(f"{label}\nscore ≥ {score:.2f}")
     header = ["model", "score", "precision", "recall", "F1"]
     return Plot(figure, {"": (header, rows)})
 
 
-def _panel(axes: Axes, truth: GroundTruth, image: int, found: Found, right: np.ndarray) -> None:
-    axes.imshow(as_bgr(truth.path(image))[:, :, ::-1])
+def _panel(axes: Axes, file: str, missed: np.ndarray) -> None:
+    axes.imshow(as_bgr(file)[:, :, ::-1])
     axes.set(xticks=[], yticks=[])
     axes.grid(visible=False)
-    for box in truth.boxes[truth.images == image]:
-        _box(axes, box, _MISSED, dashed=True)  # a right detection covers it
-    for box, k, is_right in zip(found.boxes, found.classes, right):
-        colour = _RIGHT if is_right else _WRONG
-        _box(axes, box, colour)
-        place = (box[0], max(box[1] - 2, 8))
-        axes.text(*place, truth.class_names[k], color=colour, fontsize=10, fontweight="bold")
+    for box in missed:
+        _box(axes, box, _MISSED, dashed=True)
 
 
 def _box(axes: Axes, box: np.ndarray, colour: str, dashed: bool = False) -> None:

@@ -110,7 +110,8 @@ def prepare(spec: SceneSpec = SPEC) -> Path:
 
     Raises:
         ConfigError: the folder cannot be written.
-        ModuleNotFoundError: without scikit-learn, which the extra ``demo`` installs.
+        ModuleNotFoundError: without scikit-learn, or without scikit-image if it is needed. The
+            extra ``demo`` installs both.
     """
     root = dataset_root(spec)
     if root.is_dir() and _damaged_file(root) is None:
@@ -218,7 +219,7 @@ def compose_scene(
     photos: list[np.ndarray],
     spec: SceneSpec,
 ) -> Scene:
-    """Draw random digits on a random crop of a photo.
+    """Draw random digits, and then clutter, on a random crop of a photo.
 
     Args:
         rng: makes every random choice.
@@ -239,7 +240,7 @@ def compose_scene(
         num_clutter = int(rng.integers(spec.min_clutter, spec.max_clutter + 1))
     for number in range(num_digits + num_clutter):
         which = int(rng.integers(len(digits)))
-        # log-uniform: as many digits between 18 and 40 pixels as between 40 and 90
+        # log-uniform: as many digits between 18 and 36 pixels as between 36 and 72
         side = float(np.exp(rng.uniform(np.log(spec.min_side), np.log(spec.max_side))))
         is_digit = number < num_digits
         ink = _enlarge(digits[which] if is_digit else _scramble(rng, digits[which]), side)

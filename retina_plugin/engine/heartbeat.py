@@ -107,7 +107,7 @@ class Heartbeat:
         self._own = _Report(comm.get_rank(), socket.gethostname(), os.getpid())
         self._since = 0.0  # when this iteration began
         self._others = _Others()
-        self._lock = threading.Lock()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -210,9 +210,10 @@ class Heartbeat:
             self._write()
 
     def _write(self) -> None:
-        with self._lock:
-            self._own = own = replace(self._own, count=self._own.count + 1)
-        self._store.set(f"heartbeat/{own.rank}", json.dumps(asdict(own)))
+        with self._writing:  # else an older report could replace a newer one
+            with self._lock:
+                self._own = own = replace(self._own, count=self._own.count + 1)
+            self._store.set(f"heartbeat/{own.rank}", json.dumps(asdict(own)))
 
     def _read(self) -> None:
         keys = [f"heartbeat/{rank}" for rank in range(comm.get_world_size())]

@@ -1,6 +1,8 @@
 """The embedded digits: disjoint splits, reproducible scenes, COCO format, tight boxes."""
 
+import dataclasses
 import errno
+import importlib.util
 import itertools
 import json
 import os
@@ -370,13 +372,25 @@ def test_missing_scikit_learn_raises(cache, monkeypatch):
     assert error.value.name == "sklearn"
 
 
+def test_missing_scikit_image_raises(cache, monkeypatch):
+    """Only where its photos are needed."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "skimage" else find_spec(name)
+    )
+    digits.prepare(SPEC)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .*scikit-image") as error:
+        digits.prepare(dataclasses.replace(SPEC, more_photos=True))
+    assert error.value.name == "skimage"
+
+
 SPARSE = digits.SceneSpec(
     image_size=96, num_train=6, num_dev=3, num_val=4, max_side=30, min_clutter=4, max_clutter=8
 )
 
 
 def test_clutter_is_drawn_and_has_no_box():
-    """Ink outside the boxes of the digits, which are as many as without clutter."""
+    """There is ink outside the boxes of the digits."""
     ink, labels = ink_and_labels()
     rng = np.random.default_rng(3)
     for _ in range(20):
@@ -400,6 +414,6 @@ def test_no_quarter_of_a_scrambled_digit_stays_in_its_place():
 
 
 def test_scenes_without_clutter_keep_their_folder():
-    """A cache of an earlier version is not written again: its pixels are the same."""
+    """A cache of an earlier version is not written again."""
     assert digits.SPEC.digest == "6164eb64"
     assert digits.SPARSE_SPEC.digest != digits.SPEC.digest

@@ -157,11 +157,8 @@ def test_rank_that_holds_the_store_ends_after_the_others_have_read_why(two_ranks
     assert not thread.is_alive() and reader.find_failed().failure == "error: x"
 
 
-@pytest.mark.parametrize("other", ["gone", "failed", "done"])
-def test_failing_rank_waits_for_no_process_that_has_ended(two_ranks, other):
-    failing, reader = two_ranks
-    if other != "gone":
-        reader._update(**{"failed": {"failure": "error: y"}, "done": {"done": True}}[other])
+def test_failing_rank_does_not_wait_for_a_process_that_is_gone(two_ranks):
+    failing, _ = two_ranks
     thread = fail(failing)
     end = time.monotonic() + 10
     while thread.is_alive() and time.monotonic() < end:
@@ -170,7 +167,24 @@ def test_failing_rank_waits_for_no_process_that_has_ended(two_ranks, other):
     assert not thread.is_alive()
 
 
-def test_rank_without_the_store_ends_at_once(two_ranks):
+@pytest.mark.parametrize("end", [{"failure": "error: y"}, {"done": True}], ids=str)
+def test_failing_rank_does_not_wait_for_one_that_has_ended(two_ranks, no_sleep, end):
+    failing, other = two_ranks
+    other._update(**end)
+    failing.report_failure("error: x")
+
+
+@pytest.fixture
+def no_sleep(monkeypatch):
+    """Whoever would wait, fails."""
+
+    def sleep(seconds):
+        raise AssertionError("waits")
+
+    monkeypatch.setattr(heartbeat.time, "sleep", sleep)
+
+
+def test_rank_without_the_store_ends_at_once(two_ranks, no_sleep):
     """Its report stays in the store."""
     reader, failing = two_ranks
     failing.report_failure("error: x")

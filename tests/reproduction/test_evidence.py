@@ -11,6 +11,7 @@ from reproduction import evidence
 from reproduction.claims import Judgement, judged, paper_difference
 from reproduction.ledger import Ledger
 from reproduction.paper import Claim, load_claims
+from reproduction.plan import MINI_DATASET, MINI_TABLES, plan, select_rows
 from retina_plugin.data import register_datasets
 from retina_plugin.doctor import dataset_records
 
@@ -22,8 +23,7 @@ def judgement(holds, clear):
 def test_summary_counts_what_shows():
     found = [judgement(True, True)] * 3 + [judgement(True, False), judgement(False, False)]
     text = evidence.summary([*found, judgement(False, True)])
-    assert "Of 6 orderings that the paper reports, 3 show, 2 lie within" in text
-    assert "1 do not show" in text
+    assert "Of 6 orderings that the paper reports, 3 show, 1 do not, and 2 are not clear" in text
 
 
 def test_paper_difference_is_that_of_the_best_of_the_others():
@@ -37,17 +37,17 @@ def test_paper_difference_is_that_of_the_best_of_the_others():
 @pytest.fixture
 def folder(tiny_sparse, tiny_cfg, tmp_path):
     """What a run leaves: its config, weights, losses and detections, some of them right."""
-    register_datasets([evidence._DATASET])
-    tiny_cfg.DATASETS.TEST = (evidence._DATASET,)
+    register_datasets([MINI_DATASET])
+    tiny_cfg.DATASETS.TEST = (MINI_DATASET,)
     folder = tmp_path / "run"
-    predictions = folder / "inference" / evidence._DATASET / "coco_instances_results.json"
+    predictions = folder / "inference" / MINI_DATASET / "coco_instances_results.json"
     predictions.parent.mkdir(parents=True)
     (folder / "config.yaml").write_text(tiny_cfg.dump())
     torch.save({"model": build_model(tiny_cfg).state_dict()}, folder / "model_final.pth")
     losses = [{"iteration": i, "total_loss": 2 / i, "loss_cls": 1 / i} for i in (1, 20, 40)]
     (folder / "metrics.json").write_text("".join(json.dumps(x) + "\n" for x in losses))
     found = []
-    for number, record in enumerate(dataset_records(evidence._DATASET)):
+    for number, record in enumerate(dataset_records(MINI_DATASET)):
         for one in record["annotations"]:
             result = {"image_id": record["image_id"], "category_id": one["category_id"] + 1}
             found.append({**result, "bbox": one["bbox"], "score": 0.9 - number / 10})
@@ -63,7 +63,7 @@ def test_page_has_pictures_and_measured_numbers(folder, tmp_path):
         ledger.record("mini", f"k-seed{seed}", {"rows": [row], "opts": [], "AP": ap, **more})
     page = tmp_path / "docs" / "evidence.md"
     text = evidence.page(ledger, dict.fromkeys(evidence._SHOWN, folder), page)
-    assert re.search(r"\| gamma 2 beats gamma 5 .*\| yes: \+10\.0 *\|", text)
+    assert re.search(r"\| gamma 2 beats gamma 5 .*\| yes: \+10\.0, one seed, no interval *\|", text)
     pictures = re.findall(r"\]\((images/.*?)\)", text)
     assert len(pictures) == 4
     for name in pictures:
@@ -71,6 +71,32 @@ def test_page_has_pictures_and_measured_numbers(folder, tmp_path):
     # every object is found with the right class; one detection is wrong, and scored the highest
     (recall,) = {line.split("|")[4].strip() for line in text.splitlines() if "CE, α" in line}
     assert recall == "1.000"
+
+
+def test_only_what_is_missing_is_trained(tmp_path, monkeypatch, capsys):
+    """All runs without a ledger; with it, the four of the pictures, whose results stay."""
+    ledger = tmp_path / "ledger.json"
+    where = ["--ledger", str(ledger), "--output", str(tmp_path / "runs")]
+    runs = plan(select_rows(MINI_TABLES, []), "mini", 2)
+    assert evidence.main([*where, "--dry-run"]) == 0
+    assert f"{len(runs)} runs to train" in capsys.readouterr().out
+
+    results = {run.key: {"rows": run.rows[:1], "opts": run.opts, "commit": "a"} for run in runs}
+    ledger.write_text(json.dumps({"mini": {k: {**r, "AP": 1.0} for k, r in results.items()}}))
+    trained = []
+    monkeypatch.setattr(evidence, "check_weights", lambda cfg: None)
+    monkeypatch.setattr(evidence, "execute", lambda runs, *rest: trained.extend(runs))
+    monkeypatch.setattr(evidence, "page", lambda *args: "the page")
+    monkeypatch.setattr(Ledger, "write_page", lambda self: None)
+    page = tmp_path / "evidence.md"
+    assert evidence.main([*where, "--page", str(page)]) == 0
+    assert page.read_text() == "the page"
+    assert len(trained) == 4 and all(run.key.endswith("-seed1") for run in trained)
+    assert ["1b gamma=2", "1c 3x3", "1d FL", "3 FL"] in [run.rows for run in trained]
+    recorded = json.loads(ledger.read_text())["mini"]
+    assert {k: sorted(r["rows"]) for k, r in recorded.items()} == {
+        run.key: sorted(run.rows) for run in runs
+    }
 
 
 @pytest.mark.skipif(not evidence.PAGE.exists(), reason="not written yet")

@@ -10,8 +10,6 @@ from reproduction.intervals import RESAMPLES, interval
 from reproduction.ledger import LEDGER, Ledger
 from reproduction.paper import Claim
 
-MINI_TABLES = ("5.1", "1a", "1b", "1c", "1d", "3")
-
 
 def result(row, ap, **more):
     metrics = {"AP": ap, "AP50": ap + 10, "AP75": ap - 5, "seconds": 90, "commit": "abc"}
@@ -65,15 +63,22 @@ def test_diverged_row_shows_the_iteration(tmp_path):
     assert "| pi=0.5 | diverges | diverged at iteration 7 |" in text
 
 
+def verdicts(text):
+    """Claim -> its last cell, of a page."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {cells[0]: cells[-1] for cells in rows}
+
+
 def test_claims_hold_fail_or_diverge(tmp_path):
+    diverged = {"rows": ["5.1 pi=0.5"], "opts": [], "commit": "abc", "diverged_at": 7}
     rows = [
         result("1b gamma=2", 40.0),
         result("3 CE", 30.0, early_loss=2.0),
         result("3 FL", 35.0, early_loss=8.0),
-        {"rows": ["5.1 pi=0.5"], "opts": [], "commit": "abc", "diverged_at": 7},
+        diverged,
     ]
     claims = [
-        Claim("holds", "1b gamma=2", ("3 CE",)),
+        Claim("holds", "1b gamma=2", ("3 CE",), note="not printed"),
         Claim("fails", "3 CE", ("3 FL",), note="too short"),
         Claim("gone", "3 CE", ("5.1 pi=0.5",)),
         Claim("close", "3 FL", ("1b gamma=2",), within=1),
@@ -81,15 +86,36 @@ def test_claims_hold_fail_or_diverge(tmp_path):
         Claim("best of", "3 FL", ("3 CE", "1b gamma=2", "1a alpha=0.5")),
         Claim("not measured", "1a alpha=0.5", ("3 FL",)),
     ]
-    text = page(tmp_path, rows, claims)
-    assert "| holds | 1b gamma=2: 40.0 | 3 CE: 30.0 | yes: +10.0 |" in text
-    assert "| fails | 3 CE: 30.0 | 3 FL: 35.0 | **no**: -5.0 |" in text
-    assert "- fails: too short" in text
+    resamples = [{**r, "resampled_AP": resampled(r["AP"])} for r in rows[:3]]
+    text = page(tmp_path, 2 * [*resamples, diverged], claims)
+    assert "| holds | 1b gamma=2: 40.0 | 3 CE: 30.0 | yes: +10.0 [+10.0, +10.0] |" in text
+    assert "| fails | 3 CE: 30.0 | 3 FL: 35.0 | **no**: -5.0 [-5.0, -5.0] |" in text
+    assert "- fails: too short" in text and "not printed" not in text
     assert "| gone | 3 CE: 30.0 | 5.1 pi=0.5: diverged | yes: the other diverged |" in text
-    assert "| close | 3 FL: 35.0 | 1b gamma=2: 40.0 | **no**: -5.0 (within 1) |" in text
-    assert "| calm | 3 CE: early loss 2.0 | 3 FL: early loss 8.0 | yes: 4x |" in text
-    assert "| best of | 3 FL: 35.0 | 1b gamma=2: 40.0 | **no**: -5.0 |" in text
+    assert (
+        "| close | 3 FL: 35.0 | 1b gamma=2: 40.0 | **no**: -5.0 [-5.0, -5.0] (within 1) |" in text
+    )
+    assert "| 3 CE: early loss 2.0 | 3 FL: early loss 8.0 | yes: 4.0 times as large |" in text
+    assert "| best of | 3 FL: 35.0 | 1b gamma=2: 40.0 | **no**: -5.0 [-5.0, -5.0] |" in text
     assert "not measured" not in text
+
+
+def test_doubts_are_named(tmp_path):
+    """Results without resamples, with one seed, or of which some diverged are never clear."""
+    gone = {"rows": ["3 CE"], "opts": [], "commit": "abc", "diverged_at": 7}
+    both = [result(row, ap, resampled_AP=resampled(ap)) for row, ap in [("3 FL", 50), ("3 CE", 30)]]
+    claim = Claim("x", "3 FL", ("3 CE",))
+
+    def verdict(name, *results):
+        return verdicts(page(tmp_path / name, results, [claim]))["x"]
+
+    assert verdict("a", *both) == "yes: +20.0 [+20.0, +20.0], one seed"
+    assert verdict("b", *both, *both, gone) == (
+        "yes: +20.0 [+20.0, +20.0], 1 of 3 seeds of 3 CE diverged"
+    )
+    plain = [result("3 FL", 50.0), result("3 CE", 30.0)]
+    assert verdict("c", *plain, *plain) == "yes: +20.0, no interval"
+    assert verdict("d", result("3 FL", 50.0), gone) == "yes: the other diverged, one seed"
 
 
 def test_difference_whose_interval_has_0_is_not_clear(tmp_path):
@@ -108,18 +134,14 @@ def test_difference_whose_interval_has_0_is_not_clear(tmp_path):
         Claim("not equal", "1b gamma=5", ("3 CE",), within=2),
         Claim("too few", "1b gamma=1", ("3 CE",)),
     ]
-    verdicts = {
-        line.split(" | ")[0].lstrip("| "): line.split(" | ")[-1].rstrip(" |")
-        for line in page(tmp_path, rows, claims).splitlines()
-        if line.startswith("| ")
-    }
-    assert re.fullmatch(r"yes: \+1\.0 \[-\d\.\d, \+\d\.\d\], not clear", verdicts["doubtful"])
-    assert re.fullmatch(r"yes: \+18\.0 \[\+1\d\.\d, \+2\d\.\d\]", verdicts["clear"])
-    assert re.fullmatch(r"\*\*no\*\*: -18\.0 \[-2\d\.\d, -1\d\.\d\]", verdicts["clearly wrong"])
-    assert verdicts["about equal"] == "yes: +0.5 [+0.5, +0.5] (within 2)"
-    assert re.fullmatch(r"yes: \+1\.0 .* \(within 2\), not clear", verdicts["perhaps equal"])
-    assert verdicts["too few"] == "yes: +13.0 [+13.0, +13.0], one seed"
-    assert verdicts["not equal"] == "**no**: -17.0 [-17.0, -17.0] (within 2)"
+    found = verdicts(page(tmp_path, rows, claims))
+    assert re.fullmatch(r"yes: \+1\.0 \[-\d\.\d, \+\d\.\d\], not clear", found["doubtful"])
+    assert re.fullmatch(r"yes: \+18\.0 \[\+1\d\.\d, \+2\d\.\d\]", found["clear"])
+    assert re.fullmatch(r"\*\*no\*\*: -18\.0 \[-2\d\.\d, -1\d\.\d\]", found["clearly wrong"])
+    assert found["about equal"] == "yes: +0.5 [+0.5, +0.5] (within 2)"
+    assert re.fullmatch(r"yes: \+1\.0 .* \(within 2\), not clear", found["perhaps equal"])
+    assert found["too few"] == "yes: +13.0 [+13.0, +13.0], one seed"
+    assert found["not equal"] == "**no**: -17.0 [-17.0, -17.0] (within 2)"
 
 
 def test_results_are_kept_on_disk_and_get_more_rows(tmp_path):
@@ -134,7 +156,7 @@ def test_the_repositorys_ledger_has_the_keys_and_overrides_that_are_planned():
     """Otherwise reproduce would train rows again that the ledger has."""
     results = Ledger().runs("mini")
     seeds = max(int(key.rpartition("-seed")[2]) for key in results)
-    rows = plan.select_rows(MINI_TABLES, [])
+    rows = plan.select_rows(plan.MINI_TABLES, [])
     runs = {run.key: run for run in plan.plan(rows, "mini", seeds)}
     for key, recorded in results.items():
         assert (recorded["rows"], recorded["opts"]) == (runs[key].rows, runs[key].opts)

@@ -1,6 +1,9 @@
 """Rows of the paper are planned, trained, recorded and not trained again."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -31,10 +34,9 @@ def test_runs_of_a_row_differ_in_the_seed_only():
 
 
 def test_different_rows_are_different_runs():
-    mini_tables = ("5.1", "1a", "1b", "1c", "1d", "3")
-    runs = planned(*mini_tables)
+    runs = planned(*plan.MINI_TABLES)
     rows = [row for run in runs for row in run.rows]
-    assert len(rows) == sum(len(load_paper()[t].rows) for t in mini_tables)
+    assert len(rows) == sum(len(load_paper()[t].rows) for t in plan.MINI_TABLES)
     # 3x3, Table 1d's FL and Table 3's FL are 1b's gamma=2; 1b's gamma=0 and Table 3's CE are 1a's
     # alpha=0.75
     assert len(runs) == len(rows) - 5
@@ -170,3 +172,27 @@ def test_failed_run_is_not_recorded_and_sets_the_exit_status(tiny_sparse, tmp_pa
     broken += ["--set", *SHORT, "MODEL.RETINANET.NUM_CLASSES", "7"]
     assert reproduce.main(broken) == 1
     assert not ledger.exists()
+
+
+@pytest.mark.slow
+def test_killed_command_leaves_no_training(repo, tiny_sparse, tmp_path):
+    """SIGTERM, as a scheduler sends it."""
+    runs = tmp_path / "runs"
+    command = [sys.executable, "-m", "reproduction.reproduce", "1b", "--scale", "mini"]
+    command += ["--rows", "gamma=2", "--seeds", "1", "--output", str(runs)]
+    command += ["--ledger", str(tmp_path / "a.json"), "--set", *SHORT, "SOLVER.MAX_ITER", "100000"]
+    process = subprocess.Popen(command, cwd=repo, stdout=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 120
+        while not list(runs.glob("mini/*/metrics.json")) and time.monotonic() < end:
+            assert process.poll() is None
+            time.sleep(0.2)
+        assert str(runs) in processes()
+    finally:
+        process.terminate()
+    assert process.wait(60) == 143
+    assert str(runs) not in processes()
+
+
+def processes():
+    return subprocess.check_output(["ps", "-eo", "args"], text=True)
