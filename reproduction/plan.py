@@ -33,7 +33,7 @@ MINI_DATASET = "digits_sparse_val"  # that its AP is measured on
 MINI = checkout() / "reproduction" / "mini.yaml"
 _MINI_ANCHORS = 0.5  # the embedded digits are about half as large as COCO's objects
 # OHEM's loss is a mean over the anchors that it keeps, so it needs another learning rate than the
-# other rows, also chosen on digits_sparse_dev.
+# other rows. AP on digits_sparse_dev with .015 / .03 / .06 is 2.4 / 9.3 / 2.2 (OHEM 128 0.5).
 # A run of OHEM therefore logs that SOLVER.BASE_LR was changed without the batch: as intended.
 _MINI_OHEM_LR = 0.03
 

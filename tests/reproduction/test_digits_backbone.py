@@ -17,7 +17,7 @@ from retina_plugin.errors import ConfigError
 
 
 @pytest.fixture
-def mini_cfg(repo, tiny_digits):
+def mini_cfg(repo, tiny_digits, tiny_sparse):
     return setup_cfg(str(repo / "reproduction" / "mini.yaml"), ["MODEL.DEVICE", "cpu"])
 
 

@@ -50,7 +50,7 @@ def folder(tiny_sparse, tiny_cfg, tmp_path):
     for number, record in enumerate(dataset_records(MINI_DATASET)):
         for one in record["annotations"]:
             result = {"image_id": record["image_id"], "category_id": one["category_id"] + 1}
-            found.append({**result, "bbox": one["bbox"], "score": 0.9 - number / 10})
+            found.append({**result, "bbox": one["bbox"], "score": 0.9 / (1 + number)})
     found.append({**found[-1], "bbox": [0, 0, 5, 5], "score": 0.95})
     predictions.write_text(json.dumps(found))
     return folder
