@@ -108,7 +108,7 @@ def page(ledger: Ledger, folders: dict[str, Path], path: Path) -> str:
         save(Plot(plot.figure, {}), path.parent / "images", f"evidence_{name}", ("png",))
     verdicts = [[claim.text, *judgement.rows, judgement.verdict] for claim, judgement in found]
     return TEMPLATE.read_text(encoding="utf-8").format(
-        summary=summary(found),
+        summary=summary(found, len(ledger.claims)),
         dataset=MINI_DATASET,
         table=_markdown(["the paper's claim", "better", "compared with", "shows?"], verdicts),
         shares=_table(drawn["loss"], "shares", ("", "", "g", ".3f", ".3f")),
@@ -116,14 +116,22 @@ def page(ledger: Ledger, folders: dict[str, Path], path: Path) -> str:
     )
 
 
-def summary(found: Sequence[tuple[Claim, Judgement]]) -> str:
-    """How many of the claims show, and how many clearly."""
+def summary(found: Sequence[tuple[Claim, Judgement]], total: int) -> str:
+    """How many of the claims show.
+
+    Args:
+        found: those whose rows have results.
+        total: number of all claims.
+    """
+    measured = f"{total} orderings that the paper reports"
+    if len(found) < total:
+        measured = f"{measured}, {len(found)} have been measured so far. Of these"
     clear = sum(j.holds and j.clear for _, j in found)
     unclear = sum(not j.clear for _, j in found)
     wrong = sum(not j.holds and j.clear for _, j in found)
     return (
-        f"Of {len(found)} orderings that the paper reports, {clear} show, {wrong} do not, and "
-        f"{unclear} are not clear: chance may explain them."
+        f"Of {measured}, {clear} show, {wrong} do not, and {unclear} are not clear: chance may "
+        "explain them, or there is one seed only."
     )
 
 

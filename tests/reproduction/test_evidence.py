@@ -22,8 +22,11 @@ def judgement(holds, clear):
 
 def test_summary_counts_what_shows():
     found = [judgement(True, True)] * 3 + [judgement(True, False), judgement(False, False)]
-    text = evidence.summary([*found, judgement(False, True)])
-    assert "Of 6 orderings that the paper reports, 3 show, 1 do not, and 2 are not clear" in text
+    found.append(judgement(False, True))
+    counts = "3 show, 1 do not, and 2 are not clear"
+    assert f"Of 6 orderings that the paper reports, {counts}" in evidence.summary(found, 6)
+    text = evidence.summary(found, 14)
+    assert f"reports, 6 have been measured so far. Of these, {counts}" in text
 
 
 def test_paper_difference_is_that_of_the_best_of_the_others():
@@ -104,7 +107,7 @@ def test_the_repositorys_page_has_the_verdicts_of_its_ledger():
     text = evidence.PAGE.read_text(encoding="utf-8")
     ledger = Ledger()
     found = list(judged(ledger.claims, ledger.by_row("mini")))
-    assert evidence.summary(found) in text
+    assert evidence.summary(found, len(ledger.claims)) in text
     for claim, one in found:
         (line,) = [x for x in text.splitlines() if x.startswith(f"| {claim.text} ")]
         assert [cell.strip() for cell in line.split("|")[2:-1]] == [*one.rows, one.verdict]
