@@ -158,9 +158,12 @@ def test_the_repositorys_ledger_has_the_keys_and_overrides_that_are_planned():
     seeds = max(int(key.rpartition("-seed")[2]) for key in results)
     rows = plan.select_rows(plan.MINI_TABLES, [])
     runs = {run.key: run for run in plan.plan(rows, "mini", seeds)}
+    of_row = {str(row): plan.plan([row], "mini", seeds) for row in rows}
     for key, recorded in results.items():
         assert sorted(recorded["rows"]) == sorted(runs[key].rows)
-        assert recorded["opts"] == runs[key].opts
+        # those of the row that was asked for first
+        same = [run for row in recorded["rows"] for run in of_row[row] if run.key == key]
+        assert recorded["opts"] in [run.opts for run in same]
 
 
 def test_the_repositorys_page_is_written_from_its_ledger(tmp_path):
