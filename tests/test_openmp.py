@@ -9,14 +9,18 @@ import pytest
 PRINT = "import os; print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
 
 
+def _slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("imports", "own", "expected"),
     [
         ("import retina_plugin", {}, "1000 None"),
-        ("import retina_plugin", {"GOMP_SPINCOUNT": "7"}, "7 None"),
-        ("import retina_plugin", {"OMP_WAIT_POLICY": "active"}, "None active"),
+        _slow("import retina_plugin", {"GOMP_SPINCOUNT": "7"}, "7 None"),
+        _slow("import retina_plugin", {"OMP_WAIT_POLICY": "active"}, "None active"),
         # OpenMP has read its variables by then
-        ("import torch, retina_plugin", {}, "None None"),
+        _slow("import torch, retina_plugin", {}, "None None"),
     ],
 )
 def test_spinning_is_limited_before_torch_is_imported(repo, imports, own, expected):

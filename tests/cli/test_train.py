@@ -210,6 +210,7 @@ def test_warnings_are_printed_before_the_training(config, capsys):
     assert "WARNING" not in after
 
 
+@pytest.mark.slow
 def test_training_prints_a_page(repo, config, out):
     """And nothing else, not even on stderr; environment and config are in the log file."""
     # A CUDA compiler without a GPU makes PyTorch print a line.

@@ -11,6 +11,8 @@ from torch import nn
 from retina_plugin.engine.finite import NonFiniteError
 from retina_plugin.engine.step import StepTrainer
 
+pytestmark = pytest.mark.slow
+
 AT = 2  # the iteration that is not finite, in process 1 alone
 
 
