@@ -195,4 +195,4 @@ def test_killed_command_leaves_no_training(repo, tiny_sparse, tmp_path):
 
 
 def processes():
-    return subprocess.check_output(["ps", "-eo", "args"], text=True)
+    return subprocess.check_output(["ps", "-ewwo", "args"], text=True)
