@@ -96,11 +96,10 @@ def page(ledger: Ledger, folders: dict[str, Path], path: Path) -> str:
     """
     found = list(judged(ledger.claims, ledger.by_row("mini")))
     folder = folders[_FOCAL]
-    loss = trained_model.draw(str(folder / "config.yaml"), str(folder / "model_final.pth"))
     found_by = {label: predictions(folders[label], MINI_DATASET) for label in _SCENES}
     drawn = {
         "claims": claims.draw(found),
-        "loss": loss,
+        "loss": trained_model.draw(str(folder / "config.yaml"), str(folder / "model_final.pth")),
         "curves": learning.draw(folders),
         "scenes": scenes.draw(found_by, MINI_DATASET),
     }

@@ -175,8 +175,8 @@ def _cells(results: Sequence[dict[str, Any]]) -> list[str]:
     if ended:
         mean = statistics.mean(r["AP"] for r in ended)
         cells = [f"{mean:.1f}" + (f" ({note})" if note else ""), ""]
-        if resampled(ended):
-            low, high = interval(resampled(ended), mean)
+        if runs := resampled(ended):
+            low, high = interval(runs, mean)
             cells[1] = f"{low:.1f} to {high:.1f}"
         cells += [f"{statistics.mean(r[m] for r in ended):.1f}" for m in ("AP50", "AP75")]
     seconds = [r["seconds"] for r in results if "seconds" in r]

@@ -176,7 +176,7 @@ def test_failing_rank_does_not_wait_for_one_that_has_ended(two_ranks, no_sleep, 
 
 @pytest.fixture
 def no_sleep(monkeypatch):
-    """Whoever would wait, fails."""
+    """A process that waits fails the test."""
 
     def sleep(seconds):
         raise AssertionError("waits")

@@ -102,7 +102,6 @@ def test_only_what_is_missing_is_trained(tmp_path, monkeypatch, capsys):
     }
 
 
-@pytest.mark.skipif(not evidence.PAGE.exists(), reason="not written yet")
 def test_the_repositorys_page_has_the_verdicts_of_its_ledger():
     text = evidence.PAGE.read_text(encoding="utf-8")
     ledger = Ledger()
