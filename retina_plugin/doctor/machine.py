@@ -103,7 +103,9 @@ def check_batch_size(cfg: CfgNode, world_size: int) -> Iterator[Finding]:
 
 def check_tracking(cfg: CfgNode) -> Iterator[Finding]:
     """The clients of ``TRACKING`` are installed. They are not imported."""
-    for name in cfg.TRACKING:
+    for name in cfg.TRACKING or ():
+        if not isinstance(name, str):
+            continue  # check_values says so
         spec = importlib.util.find_spec(name)
         # Without an origin, it is a folder of that name: wandb writes one beside a script.
         if spec is None or spec.origin is None:

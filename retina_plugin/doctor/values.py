@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
-from retina_plugin.config import KEYS, flatten
+from retina_plugin.config import KEYS, add_retina_config, flatten
 from retina_plugin.errors import ConfigError, check_choice
 
 from .findings import Finding, Severity
@@ -228,6 +228,7 @@ def check_values(cfg: CfgNode, eval_only: bool) -> Iterator[Finding]:
         eval_only: leave out what only a training reads.
     """
     flat = flatten(cfg)
+    yield from _check_none(flat)
     needs = _ALWAYS | ({} if eval_only else _TRAINING)
     for (key, value), where in (_ALWAYS_WHERE | ({} if eval_only else _WHERE)).items():
         if flat.get(key) == value:
@@ -247,6 +248,21 @@ def check_values(cfg: CfgNode, eval_only: bool) -> Iterator[Finding]:
                 check_choice(key, flat[key], known.choices)
             except ConfigError as error:
                 yield Finding(Severity.ERROR, key, str(error).removeprefix(f"{key}: "))
+
+
+def _check_none(flat: Mapping[str, Any]) -> Iterator[Finding]:
+    """None for a number, a name or a list: Detectron2 takes it for a value of any type."""
+    tables = [_ALWAYS, _TRAINING, *_ALWAYS_WHERE.values(), *_WHERE.values()]
+    for key, default in flatten(add_retina_config(get_cfg())).items():
+        if flat.get(key, default) is not None or any(key in table for table in tables):
+            continue
+        # For a switch, a norm, or a text that is empty by default, None means "no".
+        if isinstance(default, bool) or default in (None, "") or key.endswith("NORM"):
+            continue
+        if key not in KEYS or not KEYS[key].choices:
+            yield Finding(
+                Severity.ERROR, key, "must not be None", f"the default is {default!r:.100}"
+            )
 
 
 def _holds(need: _Need, value: Any) -> bool:

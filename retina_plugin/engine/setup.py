@@ -161,8 +161,17 @@ def register_user_parts(cfg: CfgNode) -> None:
     Each process needs it, also one that was spawned with a config.
 
     Raises:
-        ConfigError: see :func:`import_user_modules` and :func:`.register_datasets`.
+        ConfigError: one of these keys is not a list of names; see also
+            :func:`import_user_modules` and :func:`.register_datasets`.
     """
+    for key, names in (
+        ("IMPORTS", cfg.IMPORTS),
+        ("DATASETS.TRAIN", cfg.DATASETS.TRAIN),
+        ("DATASETS.TEST", cfg.DATASETS.TEST),
+    ):
+        # Detectron2 lets None through, and entries of any type.
+        if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+            raise ConfigError(f"{key} must be a list of names, got {names!r:.100}; [] is none")
     import_user_modules(cfg)
     register_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
 
@@ -175,7 +184,7 @@ def import_user_modules(cfg: CfgNode) -> None:
             exception in the user's code is not caught.
     """
     for name in cfg.IMPORTS:
-        if not isinstance(name, str) or not name.isprintable() or not all(name.split(".")):
+        if not name.isprintable() or not all(name.split(".")):
             raise ConfigError(f"IMPORTS: {name!r:.100} is not the name of a module or a .py file")
         if not name.endswith(".py"):
             try:

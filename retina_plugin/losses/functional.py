@@ -29,9 +29,15 @@ __all__ = [
 ]
 
 
+def _softplus(x: Tensor) -> Tensor:
+    # PyTorch gives x above its threshold of 20, where log(1 + exp(x)) is 2e-9 more: 1e-10 of it
+    # is too much for float64. Above 40 the two are the same number.
+    return F.softplus(x, threshold=40.0)
+
+
 def cross_entropy(x_t: Tensor) -> Tensor:
     """CE(p_t) = -log(p_t) (Eq. 1 in the form of Eq. 6). Shape and dtype of ``x_t``."""
-    return F.softplus(-x_t)
+    return _softplus(-x_t)
 
 
 def cross_entropy_derivative(x_t: Tensor) -> Tensor:
@@ -58,7 +64,7 @@ def focal(x_t: Tensor, gamma: float) -> Tensor:
     if gamma == 0.0:
         return cross_entropy(x_t)
     q = (-x_t).sigmoid_()
-    return _power(q, gamma) * F.softplus(-x_t)
+    return _power(q, gamma) * _softplus(-x_t)
 
 
 def focal_derivative(x_t: Tensor, gamma: float) -> Tensor:
@@ -69,7 +75,7 @@ def focal_derivative(x_t: Tensor, gamma: float) -> Tensor:
 def focal_value_and_derivative(x_t: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """:func:`focal` and :func:`focal_derivative` in one go, sharing the transcendentals."""
     neg = -x_t
-    ce = F.softplus(neg)
+    ce = _softplus(neg)
     q = neg.sigmoid_()  # 1 - p_t
     if gamma == 0.0:
         return ce, q.neg_()
@@ -88,7 +94,7 @@ def focal_star(x_t: Tensor, gamma: float, beta: float) -> Tensor:
         gamma: steepness, > 0.
         beta: shift of the curve; gamma 1 and beta 0 is the cross entropy.
     """
-    return F.softplus(x_t.mul(-gamma).sub_(beta)).div_(gamma)
+    return _softplus(x_t.mul(-gamma).sub_(beta)).div_(gamma)
 
 
 def focal_star_derivative(x_t: Tensor, gamma: float, beta: float) -> Tensor:

@@ -27,7 +27,10 @@ BAD = {
     "MODEL.ANCHOR_GENERATOR.OFFSET": (-0.1, 1.0, NAN),
     "MODEL.ANCHOR_GENERATOR.SIZES": ([], [[]], [[32], []], [[0]], [[-1]], [["a"]], None, [[NAN]]),
     "MODEL.BACKBONE.FREEZE_AT": (-1, 6, NAN),
+    "INPUT.FORMAT": (None,),
+    "MODEL.FPN.IN_FEATURES": (None,),
     "MODEL.FPN.OUT_CHANNELS": COUNTS,
+    "MODEL.RESNETS.DEPTH": (None,),
     "MODEL.PIXEL_MEAN": ([], [NAN] * 3, ["a"] * 3, [INF] * 3),
     "MODEL.PIXEL_STD": ([1, 0, 1], [1, -1, 1], [NAN] * 3, [], [INF] * 3),
     "MODEL.RETINANET.ALPHA_PER_CLASS": ((1.5,), (-1,), (NAN,), ("a",), None),
@@ -72,6 +75,7 @@ BAD = {
     "TEST.AUG.MERGE": ("x", None),
     "TEST.DETECTIONS_PER_IMAGE": COUNTS,
     "TEST.EVAL_PERIOD": (-1, NAN, None),
+    "TEST.EXPECTED_RESULTS": (None,),
     "TEST.MERGE": ("x", None),
     "TRACKING": ("wandb", ("wandb", "wandb"), ("comet",), None, (1,)),
     "VIS_PERIOD": (-1, NAN, None),
@@ -124,6 +128,9 @@ GOOD = [
     ("MODEL.PIXEL_MEAN", [-1, 0, 1.5]),
     ("SOLVER.MOMENTUM", 0),
     ("SOLVER.BIAS_LR_FACTOR", None),
+    ("MODEL.FPN.NORM", None),  # Detectron2: no norm
+    ("MODEL.WEIGHTS", None),
+    ("CUDNN_BENCHMARK", None),
 ]
 
 

@@ -106,6 +106,19 @@ def test_wrong_config_raises(yaml_file, text, opts, expected):
         assert "did you mean 'MODEL.RETINANET.NUM_CLASSES'" in found
 
 
+@pytest.mark.parametrize("key", ["IMPORTS", "DATASETS.TRAIN", "DATASETS.TEST"])
+@pytest.mark.parametrize(
+    ("in_file", "value"), [("null", "None"), ("[1]", "(1,)"), ("[x, null]", "('x', None)")]
+)
+def test_no_list_of_names_raises(yaml_file, key, in_file, value):
+    """In the file and in the overrides. They are read before the values of all keys are checked."""
+    group, _, name = key.rpartition(".")
+    line = f"{key} must be a list of names, got {value}; [] is none"
+    text = f"{group}: {{{name}: {in_file}}}" if group else f"{name}: {in_file}"
+    assert message(setup_cfg, yaml_file(text)) == line
+    assert message(setup_cfg, yaml_file("VERSION: 2"), [key, value]) == line
+
+
 def test_missing_config_file_raises(tmp_path):
     """The message has the path. It is no config of the paper either."""
     path = str(tmp_path / "no.yaml")

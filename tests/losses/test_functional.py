@@ -47,6 +47,27 @@ def test_cross_entropy_agrees_with_float64_autograd():
     assert_relatively_close(functional.cross_entropy_derivative(X_T), derivative)
 
 
+@pytest.mark.parametrize(
+    "ours, expected",
+    [
+        (functional.cross_entropy, lambda x_t: -F.logsigmoid(x_t)),
+        (lambda x_t: functional.focal(x_t, 2.0), lambda x_t: textbook(x_t, 2.0)[0]),
+        (
+            lambda x_t: functional.focal_value_and_derivative(x_t, 0.5)[0],
+            lambda x_t: textbook(x_t, 0.5)[0],
+        ),
+        (
+            lambda x_t: functional.focal_star(x_t, 3.0, 0.5),
+            lambda x_t: -F.logsigmoid(3 * x_t + 0.5) / 3,
+        ),
+    ],
+)
+def test_float64_has_its_digits(ours, expected):
+    """Also at logits where PyTorch's softplus is the identity, by default from 20 on."""
+    x_t = X_T.double()
+    torch.testing.assert_close(ours(x_t), expected(x_t), rtol=1e-13, atol=1e-36)
+
+
 def test_focal_with_gamma_0_is_cross_entropy():
     assert torch.equal(functional.focal(X_T, 0.0), functional.cross_entropy(X_T))
 
