@@ -26,7 +26,6 @@ from reproduction.plots import claims, learning, scenes, trained_model
 from reproduction.plots.style import STYLE, Plot, save
 from reproduction.reproduce import default_jobs, execute, predictions
 from retina_plugin.cache import atomic_write
-from retina_plugin.engine import check_weights, setup_cfg
 from retina_plugin.errors import ConfigError
 
 __all__ = ["main", "page", "summary"]
@@ -64,16 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     incomplete = {folders[label].name for label, file in _files(folders) if not file.is_file()}
     todo = [r for r in runs if r.key not in ledger.runs("mini") or r.key in incomplete]
-    jobs = min(args.jobs or default_jobs("mini"), max(1, len(todo)))
+    jobs = args.jobs or default_jobs("mini")
     print(f"{len(todo)} runs to train, {jobs} at a time")
     if args.dry_run:
         print("\n".join(f"{run.key}  {', '.join(run.rows)}" for run in todo))
         return 0
     try:
-        if todo:
-            check_weights(setup_cfg(str(todo[0].config), todo[0].opts))
-            if execute(todo, "mini", jobs, output, ledger):
-                return 1
+        if execute(todo, "mini", jobs, output, ledger):
+            return 1
         for run in runs:
             ledger.add_rows("mini", run.key, run.rows)
         with matplotlib.rc_context(STYLE):

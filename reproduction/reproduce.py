@@ -144,7 +144,17 @@ def commit() -> str:
 
 
 def execute(runs: Sequence[Run], scale: str, jobs: int, output: Path, ledger: Ledger) -> list[Run]:
-    """Train ``jobs`` runs at a time and record each new result; return the runs that failed."""
+    """Train ``jobs`` runs at a time and record each new result; return the runs that failed.
+
+    Raises:
+        ConfigError: the weights that they start from are not there.
+        ModuleNotFoundError: a package that makes these weights is not installed.
+    """
+    if not runs:
+        return []
+    # download or train the weights once, not in every run
+    check_weights(setup_cfg(str(runs[0].config), runs[0].opts))
+    jobs = min(jobs, len(runs))
     waiting = list(runs)
     # A kill ends as Ctrl-C does: the runs save what they have and end, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -215,18 +225,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.exit(f"error: {error}")
     ledger = Ledger(args.ledger)
     todo = [run for run in runs if run.key not in ledger.runs(args.scale)]
-    jobs = min(args.jobs or default_jobs(args.scale), max(1, len(todo)))
+    jobs = args.jobs or default_jobs(args.scale)
     print(f"{len(runs)} runs, {len(runs) - len(todo)} in the ledger, {jobs} at a time")
     for run in todo if args.dry_run else []:
         print(f"{run.key}  {run.max_iter} it  {', '.join(run.rows)}\n    {' '.join(run.opts)}")
     if args.dry_run:
         return 0
-    if todo:  # download or train the weights once, not in every run
-        try:
-            check_weights(setup_cfg(str(todo[0].config), todo[0].opts))
-        except (ConfigError, ModuleNotFoundError) as error:
-            sys.exit(f"error: {error}")
-    failed = execute(todo, args.scale, jobs, args.output.resolve(), ledger)
+    try:
+        failed = execute(todo, args.scale, jobs, args.output.resolve(), ledger)
+    except (ConfigError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
     for run in runs:
         if run.key in ledger.runs(args.scale):
             ledger.add_rows(args.scale, run.key, run.rows)

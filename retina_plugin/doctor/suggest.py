@@ -117,7 +117,7 @@ def suggest_anchors(
     return AnchorSuggestion(
         sizes=found.sizes(len(grid.names)),
         ratios=found.rounded_ratios(),
-        anchors=found.octave * len(found.ratios),
+        anchors=found.octave * len(found.rounded_ratios()),
         anchors_now=grid.num_cell_anchors,
         min_sizes=size_setting(cfg, sizes),
         max_size=max_size,
@@ -167,7 +167,8 @@ class _Anchors:
         return self.first * self.factor ** (levels - 1 / self.octave)
 
     def rounded_ratios(self) -> tuple[float, ...]:
-        return tuple(sorted(float(f"{ratio:.2g}") for ratio in self.ratios))
+        """Each once: boxes of one shape may draw several to the same."""
+        return tuple(sorted({float(f"{ratio:.2g}") for ratio in self.ratios}))
 
     def changed(self, number: int, by: float) -> _Anchors:
         """With one number multiplied; unchanged if it would leave its range."""

@@ -46,6 +46,12 @@ def test_tiny_boxes_get_smaller_anchors():
     assert min(suggestion.sizes[0]) < 28
 
 
+def test_boxes_of_one_shape_get_no_anchor_twice():
+    suggestion, _ = suggestion_of(config(), boxes((80, 80), (10, 10)))
+    assert len(set(suggestion.ratios)) == len(suggestion.ratios)
+    assert suggestion.anchors == 3 * len(suggestion.ratios) and suggestion.then.upper == 1
+
+
 def test_boxes_far_below_the_stride_also_get_larger_images():
     suggestion, fit = suggestion_of(config(), boxes((3, 5), (3, 5)))
     lines = yaml.safe_load(suggestion.yaml())

@@ -87,7 +87,6 @@ def test_only_what_is_missing_is_trained(tmp_path, monkeypatch, capsys):
     results = {run.key: {"rows": run.rows[:1], "opts": run.opts, "commit": "a"} for run in runs}
     ledger.write_text(json.dumps({"mini": {k: {**r, "AP": 1.0} for k, r in results.items()}}))
     trained = []
-    monkeypatch.setattr(evidence, "check_weights", lambda cfg: None)
     monkeypatch.setattr(evidence, "execute", lambda runs, *rest: trained.extend(runs))
     monkeypatch.setattr(evidence, "page", lambda *args: "the page")
     monkeypatch.setattr(Ledger, "write_page", lambda self: None)

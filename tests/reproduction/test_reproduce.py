@@ -112,12 +112,19 @@ def test_dry_run_lists_runs_and_starts_none(tmp_path, capsys, monkeypatch):
 def test_few_runs_share_all_cores(tmp_path, monkeypatch, rows, jobs):
     """A run that is alone gets all threads."""
     asked = []
+
+    def start(run, output, scale, slot, jobs):
+        asked.append(jobs)
+        run.process = subprocess.Popen([sys.executable, "-c", ""])
+
     monkeypatch.setattr(reproduce, "default_jobs", lambda scale: 2)
     monkeypatch.setattr(reproduce, "check_weights", lambda cfg: None)
-    monkeypatch.setattr(reproduce, "execute", lambda runs, scale, jobs, *rest: asked.append(jobs))
+    monkeypatch.setattr(reproduce, "start", start)
+    monkeypatch.setattr(reproduce, "outcome", lambda run: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     where = ["--ledger", str(tmp_path / "ledger.json"), "--seeds", "1"]
-    reproduce.main(["1b", "--scale", "mini", "--rows", *rows, *where])
-    assert asked == [jobs]
+    assert reproduce.main(["1b", "--scale", "mini", "--rows", *rows, *where]) == 1
+    assert asked == [jobs] * len(rows)
 
 
 @pytest.mark.slow
