@@ -1,6 +1,7 @@
 """Rows of the paper are planned, trained, recorded and not trained again."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
