@@ -10,7 +10,7 @@ from typing import Any
 from reproduction.intervals import difference_interval
 from reproduction.paper import Claim, load_paper
 
-__all__ = ["Judgement", "judged", "paper_difference", "resampled"]
+__all__ = ["Judgement", "judged", "notes", "paper_difference", "resampled"]
 
 Results = Mapping[str, Sequence[dict[str, Any]]]  # "TABLE ROW" -> the results of its seeds
 
@@ -43,6 +43,16 @@ def judged(claims: Sequence[Claim], measured: Results) -> Iterator[tuple[Claim, 
         if claim.better in measured and others:
             other = max(others, key=lambda row: _mean(measured[row], "AP") or 0.0)
             yield claim, _judge(claim, other, measured)
+
+
+def notes(found: Sequence[tuple[Claim, Judgement]]) -> str:
+    """A Markdown list of why claims do not show, or not clearly, as far as it is known."""
+    lines = [
+        f"- {claim.text}: {claim.note}"
+        for claim, judgement in found
+        if claim.note and not (judgement.holds and judgement.clear)
+    ]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def paper_difference(claim: Claim) -> float | None:

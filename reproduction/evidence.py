@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib
 from tabulate import tabulate
 
-from reproduction.claims import Judgement, judged
+from reproduction.claims import Judgement, judged, notes
 from reproduction.ledger import LEDGER, Ledger
 from reproduction.paper import Claim, checkout
 from reproduction.plan import MINI_DATASET, MINI_TABLES, plan, select_rows
@@ -102,11 +102,13 @@ def page(ledger: Ledger, folders: dict[str, Path], path: Path) -> str:
     }
     for name, plot in drawn.items():
         save(Plot(plot.figure, {}), path.parent / "images", f"evidence_{name}", ("png",))
+    reasons = notes(found)
     verdicts = [[claim.text, *judgement.rows, judgement.verdict] for claim, judgement in found]
     return TEMPLATE.read_text(encoding="utf-8").format(
         summary=summary(found, len(ledger.claims)),
         dataset=MINI_DATASET,
         table=_markdown(["the paper's claim", "better", "compared with", "shows?"], verdicts),
+        reasons=f"\n{reasons}" if reasons else "",
         shares=_table(drawn["loss"], "shares", ("", "", "g", ".3f", ".3f")),
         thresholds=_table(drawn["scenes"], "", ".3f"),
     )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reproduction.claims import judged, resampled
+from reproduction.claims import judged, notes, resampled
 from reproduction.intervals import interval
 from reproduction.paper import Claim, Table, checkout, load_claims, load_paper
 from reproduction.plan import MINI_DATASET
@@ -201,12 +201,7 @@ def _claims(claims: Sequence[Claim], measured: dict[str, list[dict[str, Any]]]) 
     ]
     for claim, judgement in found:
         lines.append(f"| {' | '.join([claim.text, *judgement.rows, judgement.verdict])} |")
-    notes = [
-        f"- {claim.text}: {claim.note}"
-        for claim, judgement in found
-        if claim.note and not (judgement.holds and judgement.clear)
-    ]
-    return "\n".join([*lines, "", *notes, ""])
+    return "\n".join([*lines, "", notes(found)])
 
 
 def main() -> None:
