@@ -20,6 +20,7 @@ from detectron2.data.datasets import load_coco_json
 from sklearn.datasets import load_digits
 
 from retina_plugin.data import digits
+from retina_plugin.data.scenes import _scramble
 from retina_plugin.errors import ConfigError
 
 SPEC = digits.SceneSpec(image_size=96, num_train=6, num_dev=3, num_val=4, max_side=50)
@@ -406,7 +407,7 @@ def test_no_quarter_of_a_scrambled_digit_stays_in_its_place():
     digit = np.arange(64, dtype=float).reshape(8, 8)
     rng = np.random.default_rng(0)
     for _ in range(50):
-        scrambled = digits._scramble(rng, digit)
+        scrambled = _scramble(rng, digit)
         assert sorted(scrambled.ravel()) == sorted(digit.ravel())
         for y, x in itertools.product((0, 4), repeat=2):
             place = np.s_[y : y + 4, x : x + 4]
