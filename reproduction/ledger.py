@@ -15,7 +15,7 @@ from typing import Any
 from reproduction.claims import judged, notes, resampled
 from reproduction.intervals import interval
 from reproduction.paper import Claim, Table, checkout, load_claims, load_paper
-from reproduction.plan import MINI_DATASET
+from reproduction.plan import MINI_DATASET, is_current
 
 __all__ = ["Ledger", "summary"]
 
@@ -99,30 +99,33 @@ class Ledger:
         self.path.with_suffix(".md").write_text("\n".join(p for p in pages if p))
 
     def by_row(self, scale: str) -> dict[str, list[dict[str, Any]]]:
-        """ "TABLE ROW" -> the results of its seeds, as the paper's row has it."""
+        """ "TABLE ROW" -> the results of its seeds, with the settings that its configs have now."""
         rows: dict[str, list[dict[str, Any]]] = {}
-        for _, result in sorted(self.runs(scale).items()):
-            for row in result["rows"] if not result.get("set") else ():
-                rows.setdefault(row, []).append(result)
+        for key, result in sorted(self.runs(scale).items()):
+            for row in result["rows"]:
+                if is_current(key, row, scale):
+                    rows.setdefault(row, []).append(result)
         return rows
 
     def _with_other_settings(self, scale: str) -> str:
-        """The table of the runs that were started with ``--set``."""
-        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for _, result in sorted(self.runs(scale).items()):
-            if result.get("set"):
-                key = " ".join(result["set"]), ", ".join(result["rows"])
-                found.setdefault(key, []).append(result)
+        """The table of the runs with ``--set``, and of those whose configs were changed since."""
+        found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        for key, result in sorted(self.runs(scale).items()):
+            names = ", ".join(row for row in result["rows"] if not is_current(key, row, scale))
+            if names:
+                changed = f"`{' '.join(result['set'])}`" if "set" in result else "earlier configs"
+                experiment = key.rpartition("-seed")[0]
+                found.setdefault((changed, names, experiment), []).append(result)
         if not found:
             return ""
         lines = [
             "### Rows with other settings",
             "",
-            "| `--set` | row | AP | 95 % interval | AP50 | AP75 | seeds | minutes | commit |",
+            "| settings | row | AP | 95 % interval | AP50 | AP75 | seeds | minutes | commit |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
-        for (settings, rows), results in found.items():
-            lines.append(f"| `{settings}` | {rows} | {' | '.join(_cells(results))} |")
+        for (changed, names, _), results in found.items():
+            lines.append(f"| {changed} | {names} | {' | '.join(_cells(results))} |")
         return "\n".join([*lines, ""])
 
 

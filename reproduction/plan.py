@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import subprocess
@@ -21,9 +22,11 @@ __all__ = [
     "MINI_DATASET",
     "MINI_TABLES",
     "Run",
+    "is_current",
     "plain_value",
     "plan",
     "recipe",
+    "row_key",
     "run_key",
     "select_rows",
 ]
@@ -86,8 +89,7 @@ def plan(rows: Sequence[Row], scale: str, seeds: int, extra: Sequence[str] = ())
     for seed in range(1, seeds + 1):
         for row in rows:
             config, overrides = recipe(row, scale)
-            settings = flatten(load_config(str(config))) | overrides
-            key = run_key(settings, extra, seed)
+            key = row_key(row, scale, extra, seed)
             if key not in runs:
                 opts = [str(x) for pair in overrides.items() for x in pair]
                 opts += [*extra, "SEED", str(seed)]
@@ -95,6 +97,32 @@ def plan(rows: Sequence[Row], scale: str, seeds: int, extra: Sequence[str] = ())
                 runs[key] = Run(key, config, opts, max_iter, extra=list(extra))
             runs[key].rows.append(str(row))
     return list(runs.values())
+
+
+def row_key(row: Row, scale: str, extra: Sequence[str], seed: int) -> str:
+    """The name in the ledger of a row's run with one seed; see :func:`run_key`."""
+    config, overrides = recipe(row, scale)
+    return run_key(flatten(load_config(str(config))) | overrides, extra, seed)
+
+
+def is_current(key: str, name: str, scale: str) -> bool:
+    """Whether a run of the ledger has the settings that a row's configs have now.
+
+    Args:
+        key: the run's.
+        name: "TABLE ROW".
+        scale: of the run.
+    """
+    return key.rpartition("-seed")[0] == _current(name, scale)
+
+
+@functools.cache
+def _current(name: str, scale: str) -> str:
+    for table in load_paper().values():
+        for row in table.rows:
+            if str(row) == name:
+                return row_key(row, scale, (), 1).rpartition("-seed")[0]
+    return ""  # no longer a row
 
 
 def recipe(row: Row, scale: str) -> tuple[Path, dict[str, Any]]:

@@ -62,9 +62,10 @@ def folder(tiny_sparse, tiny_cfg, tmp_path):
 def test_page_has_pictures_and_measured_numbers(folder, tmp_path):
     fails = Claim("fails", "1b gamma=5", ("1b gamma=2",), note="too short")
     ledger = Ledger(tmp_path / "ledger.json", [*load_claims(), fails])
-    for seed, (row, ap) in enumerate([("1b gamma=2", 40.0), ("1b gamma=5", 30.0)]):
+    runs = plan(select_rows(["1b"], ["gamma=2", "gamma=5"]), "mini", 1)
+    for run, ap in zip(runs, (40.0, 30.0)):
         more = {"AP50": 50.0, "AP75": 30.0, "seconds": 60, "commit": "abc"}
-        ledger.record("mini", f"k-seed{seed}", {"rows": [row], "opts": [], "AP": ap, **more})
+        ledger.record("mini", run.key, {"rows": run.rows, "opts": [], "AP": ap, **more})
     page = tmp_path / "docs" / "evidence.md"
     text = evidence.page(ledger, dict.fromkeys(evidence._SHOWN, folder), page)
     assert re.search(r"\| gamma 2 beats gamma 5 .*\| yes: \+10\.0, one seed, no interval *\|", text)
