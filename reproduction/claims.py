@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reproduction.intervals import difference_interval
+from reproduction.intervals import SeedSpread, difference_interval
 from reproduction.paper import Claim, load_paper
 
-__all__ = ["Judgement", "judged", "notes", "paper_difference", "resampled"]
+__all__ = ["Judgement", "judged", "notes", "paper_difference", "resampled", "seed_spread"]
 
 Results = Mapping[str, Sequence[dict[str, Any]]]  # "TABLE ROW" -> the results of its seeds
 
@@ -38,11 +38,12 @@ class Judgement:
 
 def judged(claims: Sequence[Claim], measured: Results) -> Iterator[tuple[Claim, Judgement]]:
     """Each claim whose rows have results. It is about the best of its worse rows."""
+    spread = seed_spread(measured)
     for claim in claims:
         others = [row for row in claim.worse if row in measured]
         if claim.better in measured and others:
             other = max(others, key=lambda row: _mean(measured[row], "AP") or 0.0)
-            yield claim, _judge(claim, other, measured)
+            yield claim, _judge(claim, other, measured, spread)
 
 
 def notes(found: Sequence[tuple[Claim, Judgement]]) -> str:
@@ -64,13 +65,19 @@ def paper_difference(claim: Claim) -> float | None:
     return rows[claim.better].metrics["AP"] - max(worse) if worse else None
 
 
+def seed_spread(measured: Results) -> SeedSpread:
+    """How much AP varies over the seeds of all rows. Rows that share their runs count once."""
+    rows = {tuple(map(id, results)): results for results in measured.values()}
+    return SeedSpread.pooled([r["AP"] for r in results if "AP" in r] for results in rows.values())
+
+
 def resampled(results: Sequence[dict[str, Any]]) -> list[list[float]]:
     """AP on the resamples, of each seed that did not diverge; empty if one has none."""
     found = [r.get("resampled_AP") for r in results if "AP" in r]
     return found if all(found) else []  # type: ignore[return-value]
 
 
-def _judge(claim: Claim, other: str, measured: Results) -> Judgement:
+def _judge(claim: Claim, other: str, measured: Results, spread: SeedSpread) -> Judgement:
     results = measured[claim.better], measured[other]
     better, worse = (_mean(r, claim.measure) for r in results)
     shown = _shown(claim.better, better, claim), _shown(other, worse, claim)
@@ -91,7 +98,7 @@ def _judge(claim: Claim, other: str, measured: Results) -> Judgement:
     found = f"{difference:+.1f}"
     of_better, of_worse = map(resampled, results)
     if of_better and of_worse:
-        low, high = difference_interval(of_better, of_worse, difference)
+        low, high = difference_interval(of_better, of_worse, difference, spread)
         found += f" [{low:+.1f}, {high:+.1f}]"
     else:
         doubts.append("no interval")

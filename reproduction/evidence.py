@@ -55,13 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=PAGE, help="(default: docs/evidence.md)")
     parser.add_argument("--dry-run", action="store_true", help="list the runs, start none")
     args = parser.parse_args(argv)
-    ledger, output = Ledger(args.ledger), args.output.resolve()
+    try:
+        ledger = Ledger(args.ledger)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    output = args.output.resolve()
     runs = plan(select_rows(MINI_TABLES, []), "mini", args.seeds)
     folders = {
         label: output / "mini" / next(run.key for run in runs if row in run.rows)
         for label, row in _SHOWN.items()
     }
-    incomplete = {folders[label].name for label, file in _files(folders) if not file.is_file()}
+    incomplete = {folder.name for folder, files in _needed(folders, ledger) if not all(files)}
     todo = [r for r in runs if r.key not in ledger.runs("mini") or r.key in incomplete]
     jobs = args.jobs or default_jobs("mini")
     print(f"{len(todo)} runs to train, {jobs} at a time")
@@ -133,13 +137,14 @@ def summary(found: Sequence[tuple[Claim, Judgement]], total: int) -> str:
     )
 
 
-def _files(folders: dict[str, Path]) -> Iterator[tuple[str, Path]]:
-    """What the pictures need of each run."""
-    yield _FOCAL, folders[_FOCAL] / "model_final.pth"
-    for label in folders:
-        yield label, folders[label] / "metrics.json"
-    for label in _SCENES:
-        yield label, predictions(folders[label], MINI_DATASET)
+def _needed(folders: dict[str, Path], ledger: Ledger) -> Iterator[tuple[Path, list[bool]]]:
+    """The folder of each run in the pictures, and whether it has each thing that they need."""
+    for label, folder in folders.items():
+        diverged = "diverged_at" in ledger.runs("mini").get(folder.name, {})
+        # metrics.json is there from the first iterations on: the weights say that it is whole
+        whole = diverged or (folder / "model_final.pth").is_file()
+        scenes = label not in _SCENES or predictions(folder, MINI_DATASET).is_file()
+        yield folder, [(folder / "metrics.json").is_file(), whole, scenes]
 
 
 def _table(plot: Plot, name: str, floatfmt: str | Sequence[str]) -> str:

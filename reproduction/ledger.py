@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reproduction.claims import judged, notes, resampled
-from reproduction.intervals import interval
+from reproduction.claims import judged, notes, resampled, seed_spread
+from reproduction.intervals import SeedSpread, interval
 from reproduction.paper import Claim, Table, checkout, load_claims, load_paper
 from reproduction.plan import MINI_DATASET, is_current
+from retina_plugin.errors import ConfigError, first_line
 
 __all__ = ["Ledger", "summary"]
 
@@ -39,8 +40,8 @@ Each row's loss, sampler and anchors on a small model and the embedded sparse sc
 trained on ImageNet. AP is COCO's, on the 500 images of `{MINI_DATASET}`. Compare the order of
 the rows of a table, not their AP with the paper's: the images and the model are different.
 
-An interval is the 95 % confidence interval of a row's mean, over test images and seeds
-(`reproduction/intervals.py`). With one seed it is over images only.
+An interval is the 95 % confidence interval of a row's mean, over test images and seeds. What seeds
+add is measured on all rows together (`reproduction/intervals.py`).
 """,
 }
 
@@ -51,6 +52,9 @@ class Ledger:
     Args:
         path: the JSON file; the page is written beside it, with the suffix .md.
         claims: the orderings that the page looks for; None for those of ``docs/paper.yaml``.
+
+    Raises:
+        ConfigError: the file is there and is something else.
     """
 
     def __init__(self, path: Path = LEDGER, claims: Sequence[Claim] | None = None) -> None:
@@ -60,8 +64,19 @@ class Ledger:
         self._read()
 
     def _read(self) -> None:
-        if self.path.is_file():
-            self._data = json.loads(self.path.read_text())
+        if not self.path.is_file():
+            return
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+            for runs in data.values():
+                for key, result in runs.items():
+                    if not isinstance(result["rows"], list) or not isinstance(result["opts"], list):
+                        raise TypeError(f"{key} has no rows and overrides")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{self.path} is not a ledger of reproduction.reproduce: {first_line(error)}"
+            ) from None
+        self._data = data
 
     def runs(self, scale: str) -> dict[str, dict[str, Any]]:
         """Run key -> result, as :func:`reproduction.reproduce.outcome` gives it."""
@@ -91,11 +106,12 @@ class Ledger:
         for scale, introduction in _SCALES.items():
             if self.runs(scale):
                 measured = self.by_row(scale)
+                spread = seed_spread(measured)
                 tables = load_paper().values()
-                pages += [introduction, *(_table(t, measured, scale) for t in tables)]
+                pages += [introduction, *(_table(t, measured, scale, spread) for t in tables)]
                 if scale == "mini":
                     pages.append(_claims(self.claims, measured))
-                pages.append(self._with_other_settings(scale))
+                pages.append(self._with_other_settings(scale, spread))
         self.path.with_suffix(".md").write_text("\n".join(p for p in pages if p))
 
     def by_row(self, scale: str) -> dict[str, list[dict[str, Any]]]:
@@ -107,7 +123,7 @@ class Ledger:
                     rows.setdefault(row, []).append(result)
         return rows
 
-    def _with_other_settings(self, scale: str) -> str:
+    def _with_other_settings(self, scale: str, spread: SeedSpread) -> str:
         """The table of the runs with ``--set``, and of those whose configs were changed since."""
         found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         for key, result in sorted(self.runs(scale).items()):
@@ -125,7 +141,7 @@ class Ledger:
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for (changed, names, _), results in found.items():
-            lines.append(f"| {changed} | {names} | {' | '.join(_cells(results))} |")
+            lines.append(f"| {changed} | {names} | {' | '.join(_cells(results, spread))} |")
         return "\n".join([*lines, ""])
 
 
@@ -149,7 +165,9 @@ def _json(data: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "{\n" + ",\n".join(scales) + "\n}\n"
 
 
-def _table(table: Table, measured: dict[str, list[dict[str, Any]]], scale: str) -> str:
+def _table(
+    table: Table, measured: dict[str, list[dict[str, Any]]], scale: str, spread: SeedSpread
+) -> str:
     rows = [row for row in table.rows if str(row) in measured]
     if not rows:
         return ""
@@ -165,11 +183,12 @@ def _table(table: Table, measured: dict[str, list[dict[str, Any]]], scale: str) 
     ]
     for row in rows:
         paper = "diverges" if row.diverges else f"{row.metrics['AP']:.1f}"
-        lines.append(f"| {row.name} | {paper} | {' | '.join(_cells(measured[str(row)]))} |")
+        cells = _cells(measured[str(row)], spread)
+        lines.append(f"| {row.name} | {paper} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
-def _cells(results: Sequence[dict[str, Any]]) -> list[str]:
+def _cells(results: Sequence[dict[str, Any]], spread: SeedSpread) -> list[str]:
     """AP, its interval, AP50, AP75, seeds, minutes and commit of a row's results."""
     ended = [r for r in results if "AP" in r]
     diverged = [r["diverged_at"] for r in results if "diverged_at" in r]
@@ -179,7 +198,7 @@ def _cells(results: Sequence[dict[str, Any]]) -> list[str]:
         mean = statistics.mean(r["AP"] for r in ended)
         cells = [f"{mean:.1f}" + (f" ({note})" if note else ""), ""]
         if runs := resampled(ended):
-            low, high = interval(runs, mean)
+            low, high = interval(runs, mean, spread)
             cells[1] = f"{low:.1f} to {high:.1f}"
         cells += [f"{statistics.mean(r[m] for r in ended):.1f}" for m in ("AP50", "AP75")]
     seconds = [r["seconds"] for r in results if "seconds" in r]

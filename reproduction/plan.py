@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -105,23 +106,25 @@ def row_key(row: Row, scale: str, extra: Sequence[str], seed: int) -> str:
     return run_key(flatten(load_config(str(config))) | overrides, extra, seed)
 
 
-def is_current(key: str, name: str, scale: str) -> bool:
+def is_current(key: str, name: str, scale: str, extra: Sequence[str] = ()) -> bool:
     """Whether a run of the ledger has the settings that a row's configs have now.
 
     Args:
         key: the run's.
         name: "TABLE ROW".
         scale: of the run.
+        extra: the overrides (``--set``) that it may have.
     """
-    return key.rpartition("-seed")[0] == _current(name, scale)
+    return key.rpartition("-seed")[0] == _current(name, scale, tuple(extra))
 
 
 @functools.cache
-def _current(name: str, scale: str) -> str:
+def _current(name: str, scale: str, extra: tuple[str, ...]) -> str:
     for table in load_paper().values():
         for row in table.rows:
             if str(row) == name:
-                return row_key(row, scale, (), 1).rpartition("-seed")[0]
+                with contextlib.suppress(ConfigError):  # the scale does not have it
+                    return row_key(row, scale, extra, 1).rpartition("-seed")[0]
     return ""  # no longer a row
 
 
@@ -166,10 +169,11 @@ def run_key(settings: dict[str, Any], extra: Sequence[str], seed: int) -> str:
     """
     settings = {key: value for key, value in settings.items() if key != "IMPORTS"}
     loss, gamma = "MODEL.RETINANET.CLS_LOSS", "MODEL.RETINANET.FOCAL_LOSS_GAMMA"
-    if settings[loss] == "FocalLoss" and settings[gamma] == 0:
-        settings[loss] = "CrossEntropy"  # the same to the last bit (section 5.1)
-    if settings[loss] != "FocalLoss":
-        del settings[gamma]  # only FocalLoss reads it
+    if not {loss, gamma} & {*extra[::2]}:
+        if settings[loss] == "FocalLoss" and settings[gamma] == 0:
+            settings[loss] = "CrossEntropy"  # the same to the last bit (section 5.1)
+        if settings[loss] != "FocalLoss":
+            del settings[gamma]  # only FocalLoss reads it
     text = json.dumps([plain_value(settings), list(extra)], sort_keys=True)
     return f"{hashlib.sha256(text.encode()).hexdigest()[:10]}-seed{seed}"
 

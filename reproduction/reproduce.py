@@ -103,10 +103,10 @@ def outcome(run: Run) -> dict[str, Any] | None:
         losses = [loss for _, loss in series["loss_cls"]]
         # the largest shows a loss that blew up but stayed finite
         result |= {"early_loss": losses[0], "largest_loss": max(losses), "final_loss": losses[-1]}
-    diverged = re.search(r"not finite at iteration=(\d+)", console)
-    if diverged:
-        return {**result, "diverged_at": int(diverged[1])}
-    if run.process.returncode != 0 or "bbox/AP" not in series:
+    if run.process.returncode != 0:  # a run may also skip such a step, and end well
+        diverged = re.search(r"not finite at iteration=(\d+)", console)
+        return {**result, "diverged_at": int(diverged[1])} if diverged else None
+    if "bbox/AP" not in series:
         return None
     metrics = {name: series[f"bbox/{name}"][-1][1] for name in METRICS if f"bbox/{name}" in series}
     if math.isnan(metrics["AP"]):  # Detectron2 logs NaN if there is no detection
@@ -221,9 +221,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         runs = plan(select_rows(args.tables, args.rows), args.scale, args.seeds, args.set)
+        ledger = Ledger(args.ledger)
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    ledger = Ledger(args.ledger)
     todo = [run for run in runs if run.key not in ledger.runs(args.scale)]
     jobs = args.jobs or default_jobs(args.scale)
     print(f"{len(runs)} runs, {len(runs) - len(todo)} in the ledger, {jobs} at a time")

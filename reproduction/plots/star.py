@@ -19,7 +19,8 @@ from tabulate import tabulate
 
 from reproduction.ledger import Ledger
 from reproduction.paper import load_figures, load_paper
-from retina_plugin.errors import ConfigError, first_line
+from reproduction.plan import is_current
+from retina_plugin.errors import ConfigError
 from retina_plugin.losses import FocalLossStar
 
 from .curves import loss_axis, table3_loss
@@ -90,16 +91,18 @@ def of_ledger(ledger: Ledger, scale: str) -> Source | None:
     table = load_paper()["3"]
     reference = {str(row): row for row in table.rows}
     by_protocol: dict[Any, dict[Any, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for result in ledger.runs(scale).values():
+    for key, result in ledger.runs(scale).items():
         opts = dict(zip(result["opts"][::2], result["opts"][1::2]))
         protocol = frozenset((k, v) for k, v in opts.items() if k not in _LOSS_KEYS)
         for row in (reference[name] for name in result["rows"] if name in reference):
+            if not is_current(key, str(row), scale, result.get("set", ())):
+                continue  # its configs were changed since
             AP = result.get("AP", 0.0)
             if row.name == "FL":
                 by_protocol[protocol]["FL"].append(AP)
             elif _GAMMA in row.settings:
-                key = tuple(float(opts.get(k, row.settings[k])) for k in (_GAMMA, _BETA))
-                by_protocol[protocol][key].append(AP)
+                setting = tuple(float(opts.get(k, row.settings[k])) for k in (_GAMMA, _BETA))
+                by_protocol[protocol][setting].append(AP)
     complete = [found for found in by_protocol.values() if "FL" in found and len(found) > 1]
     if not complete:
         return None
@@ -120,13 +123,8 @@ def settings(ledger_file: Path) -> Plot:
     """
     if not ledger_file.is_file():
         raise ConfigError(f"--ledger: no file {ledger_file}")
-    try:
-        ledger = Ledger(ledger_file, claims=())
-        measured = [of_ledger(ledger, scale) for scale in ("paper", "mini")]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"--ledger {ledger_file} is not a ledger of reproduction.reproduce: {first_line(error)}"
-        ) from None
+    ledger = Ledger(ledger_file, claims=())
+    measured = [of_ledger(ledger, scale) for scale in ("paper", "mini")]
     sources = [of_paper(), *(source for source in measured if source is not None)]
     x_t = loss_axis()
     trained = [(s.gamma, s.beta) for source in sources for s in source.settings]

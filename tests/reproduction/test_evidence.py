@@ -104,6 +104,24 @@ def test_only_what_is_missing_is_trained(tmp_path, monkeypatch, capsys):
     }
 
 
+def test_interrupted_run_is_finished_before_its_curve_is_drawn(tmp_path, capsys):
+    """A run that the ledger has, but whose folder is another's or was deleted."""
+    runs = {row: run for run in plan(select_rows(["5.1"], []), "mini", 1) for row in run.rows}
+    result = {"opts": [], "commit": "a"}
+    ended = {runs["5.1 pi=0.01"].key: {**result, "rows": ["5.1 pi=0.01"], "AP": 1.0}}
+    gone = {runs["5.1 pi=0.5"].key: {**result, "rows": ["5.1 pi=0.5"], "diverged_at": 60}}
+    ledger = tmp_path / "ledger.json"
+    ledger.write_text(json.dumps({"mini": {**ended, **gone}}))
+    for key in (*ended, *gone):
+        folder = tmp_path / "runs" / "mini" / key
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text('{"iteration": 59, "loss_cls": 1.0}\n')
+    where = ["--ledger", str(ledger), "--output", str(tmp_path / "runs")]
+    assert evidence.main([*where, "--seeds", "1", "--dry-run"]) == 0
+    listed = capsys.readouterr().out
+    assert all(key in listed for key in ended) and not any(key in listed for key in gone)
+
+
 def test_the_repositorys_page_has_the_verdicts_of_its_ledger():
     text = evidence.PAGE.read_text(encoding="utf-8")
     ledger = Ledger()

@@ -15,6 +15,7 @@ from detectron2.structures import Boxes
 from reproduction.figures import FIGURES, main
 from reproduction.ledger import Ledger
 from reproduction.paper import load_figures, load_paper
+from reproduction.plan import row_key, select_rows
 from reproduction.plots.loss_distribution import LossDistribution
 from reproduction.plots.speed import Point, read_points, speed_and_accuracy
 from reproduction.plots.star import of_ledger, of_paper, settings
@@ -241,14 +242,19 @@ def test_without_a_trained_model_nothing_is_drawn(tmp_path, monkeypatch):
 # FL* by gamma and beta (Figure 7)
 
 
-def run(row, AP, *opts):
-    return {"rows": [row], "opts": [*opts, "SEED", "1"], "AP": AP}
+def run(row, AP, *more):
+    """A result; ``more`` are overrides of ``--set``."""
+    return {"rows": [row], "opts": [*more, "SEED", "1"], "set": [*more], "AP": AP}
 
 
 def star_ledger(tmp_path, *results):
-    ledger = Ledger(tmp_path / "ledger.json", claims=())
-    ledger.path.write_text(json.dumps({"mini": {str(i): r for i, r in enumerate(results)}}))
-    return Ledger(ledger.path, claims=())
+    rows = {str(row): row for row in select_rows(["1b", "3"], [])}
+    keys = [
+        row_key(rows[result["rows"][0]], "mini", result["set"], seed)
+        for seed, result in enumerate(results)
+    ]
+    (tmp_path / "ledger.json").write_text(json.dumps({"mini": dict(zip(keys, results))}))
+    return Ledger(tmp_path / "ledger.json", claims=())
 
 
 STAR, FL = "3 FL* gamma=2 beta=1", "3 FL"
@@ -262,7 +268,8 @@ def test_papers_settings_are_effective():
 
 
 def test_setting_is_effective_within_half_a_point_of_fl(tmp_path):
-    diverged = {"rows": [STAR], "opts": [GAMMA, "5", BETA, "0"], "diverged_at": 7}
+    more = [GAMMA, "5", BETA, "0"]
+    diverged = {"rows": [STAR], "opts": more, "set": more, "diverged_at": 7}
     ledger = star_ledger(
         tmp_path,
         run(FL, 50.0),
@@ -286,6 +293,17 @@ def test_runs_with_another_schedule_are_not_compared(tmp_path):
     assert of_ledger(star_ledger(tmp_path, run(FL, 40.0), run(STAR, 70.0, *longer)), "mini") is None
 
 
+def test_runs_of_changed_configs_are_not_averaged_with_todays(tmp_path):
+    star_ledger(tmp_path, run(FL, 40.0), run(STAR, 41.0))
+    path = tmp_path / "ledger.json"
+    data = json.loads(path.read_text())
+    data["mini"] |= {"0000000000-seed1": run(FL, 10.0), "1111111111-seed1": run(STAR, 80.0)}
+    path.write_text(json.dumps(data))
+    source = of_ledger(Ledger(path, claims=()), "mini")
+    assert [s.APs for s in source.settings] == [(41.0,)]
+    assert source.threshold == pytest.approx(39.5)
+
+
 def test_figure_7_says_whose_settings_they_are(tmp_path):
     star_ledger(tmp_path, run(FL, 50.0), run(STAR, 51.0), run(STAR, 9.0, GAMMA, "1", BETA, "3"))
     tables = settings(tmp_path / "ledger.json").tables
@@ -303,7 +321,7 @@ def test_figure_7_says_whose_settings_they_are(tmp_path):
 def test_damaged_ledger_is_one_line(tmp_path, text):
     if text is not None:
         (tmp_path / "ledger.json").write_text(text)
-    with pytest.raises(SystemExit, match="error: --ledger.*ledger.json"):
+    with pytest.raises(SystemExit, match="error: .*ledger.json"):
         main(["fig7", "--ledger", str(tmp_path / "ledger.json"), "--output", str(tmp_path / "o")])
 
 

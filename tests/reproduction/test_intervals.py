@@ -9,6 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from reproduction import intervals
+from reproduction.intervals import SeedSpread
 
 
 @pytest.fixture
@@ -103,17 +104,28 @@ def runs_of(rng, mean, images, num_seeds, seed_spread=2.0):
     return [mean + seed + images for seed in seeds]
 
 
-@pytest.mark.parametrize("num_seeds", [2, 3, 5])
-def test_spread_of_few_seeds_is_enlarged_to_that_of_new_ones(num_seeds):
-    """The draws' variance is on average that of the mean of new seeds, 4 / n."""
-    rng = np.random.default_rng(3)
-    still = np.zeros(intervals.RESAMPLES)
-    variances = []
-    for _ in range(300):
-        runs = np.array(runs_of(rng, 30, still, num_seeds))
-        resample, seeds = intervals._chosen(num_seeds, 0)
-        variances.append(intervals._draw(runs, resample[:1000], seeds[:1000]).var())
-    assert np.mean(variances) == pytest.approx(4 / num_seeds, rel=0.25)
+def test_spread_of_the_seeds_is_pooled():
+    spread = SeedSpread.pooled([[30.0, 32.0], [20.0, 21.0, 22.0], [5.0], []])
+    assert spread.freedom == 3 and spread.variance == pytest.approx((2 + 2) / 3)
+    assert SeedSpread.pooled([[30.0], []]) == SeedSpread(0.0, 0)
+
+
+def test_width_is_that_of_welchs_test():
+    """Known variances, no images' part: t of the pooled degrees of freedom."""
+    still = [np.full(intervals.RESAMPLES, ap) for ap in (29.0, 31.0)]
+    low, high = intervals.interval(still, 30.0, SeedSpread(8.0, 4))
+    assert (30 - low, high - 30) == (pytest.approx(2.776 * 2, rel=1e-3),) * 2
+    low, high = intervals.difference_interval(still, still[:1], 1.0, SeedSpread(8.0, 4))
+    assert high - low == pytest.approx(2 * 2.776 * (8 / 2 + 8) ** 0.5, rel=1e-3)
+    # a row that varies more than the others, here with variance 2, has its own
+    low, high = intervals.interval(still, 30.0, SeedSpread(0.5, 4))
+    assert high - low == pytest.approx(2 * 2.776 * 1.0, rel=1e-3)
+
+
+def test_without_several_seeds_only_the_images_vary():
+    images = np.random.default_rng(5).normal(30, 2, intervals.RESAMPLES)
+    low, high = intervals.interval([images], 30.0, SeedSpread())
+    assert high - low == pytest.approx(2 * 1.96 * images.std(ddof=1), rel=1e-3)
 
 
 def test_interval_of_a_difference_has_no_part_of_what_both_share():
@@ -121,24 +133,27 @@ def test_interval_of_a_difference_has_no_part_of_what_both_share():
     rng = np.random.default_rng(4)
     images = rng.normal(0, 3, intervals.RESAMPLES)
     rows = [runs_of(rng, mean, images, 3, seed_spread=0.1) for mean in (30, 32)]
-    low, high = intervals.interval(rows[0], 30.0)
+    low, high = intervals.interval(rows[0], 30.0, SeedSpread(0.01, 60))
     assert high - low == pytest.approx(2 * 1.96 * 3, rel=0.15)
-    low, high = intervals.difference_interval(rows[1], rows[0], 2.0)
+    low, high = intervals.difference_interval(rows[1], rows[0], 2.0, SeedSpread(0.01, 60))
     assert 1.5 < low < 2.0 < high < 2.5
 
 
-@pytest.mark.parametrize(("num_seeds", "expected"), [(2, 0.91), (3, 0.94)])
-def test_interval_covers_the_true_difference(num_seeds, expected):
-    """APs vary by 1.5 over seeds, by 1 over images for both rows and by .7 for each."""
+@pytest.mark.parametrize("num_seeds", [2, 3])
+@pytest.mark.parametrize(("seeds", "own_images"), [(1.5, 0.7), (1.5, 0.1), (0.3, 0.7)])
+def test_interval_covers_the_true_difference(num_seeds, seeds, own_images):
+    """Of two rows of 16. APs vary over seeds, by 1 over images for all rows and more for each."""
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(600):
         images = rng.normal() + rng.normal(size=intervals.RESAMPLES)
         rows = []
         for mean in (30, 34):
-            own = rng.normal(0, 0.7) + rng.normal(0, 0.7, intervals.RESAMPLES)
-            rows.append(runs_of(rng, mean, images + own, num_seeds, seed_spread=1.5))
+            own = rng.normal(0, own_images) + rng.normal(0, own_images, intervals.RESAMPLES)
+            rows.append(runs_of(rng, mean, images + own, num_seeds, seed_spread=seeds))
+        others = [rng.normal(20, seeds, num_seeds) for _ in range(14)]
+        spread = SeedSpread.pooled([*np.mean(rows, axis=2), *others])
         difference = np.mean(rows[1]) - np.mean(rows[0])
-        low, high = intervals.difference_interval(rows[1], rows[0], difference)
+        low, high = intervals.difference_interval(rows[1], rows[0], difference, spread)
         covered += low <= 4 <= high
-    assert covered / 600 == pytest.approx(expected, abs=0.03)
+    assert 0.93 <= covered / 600 <= 0.99

@@ -64,6 +64,13 @@ def test_ohem_has_another_learning_rate_at_the_mini_scale():
     assert setup_cfg(str(ohem.config), ohem.opts).SOLVER.BASE_LR == 0.03
 
 
+def test_override_of_the_loss_keeps_rows_apart_that_are_equal_without_it():
+    """1b's gamma=0 is 1a's alpha=0.75, but with gamma 2 it is the focal loss."""
+    rows = plan.select_rows(["1a", "1b"], ["alpha=0.75", "gamma=0"])
+    assert len(plan.plan(rows, "mini", 1)) == 1
+    assert len(plan.plan(rows, "mini", 1, ["MODEL.RETINANET.FOCAL_LOSS_GAMMA", "2.0"])) == 2
+
+
 def test_key_depends_on_settings_overrides_and_seed_but_not_on_imports():
     settings = {
         "MODEL.RETINANET.CLS_LOSS": "FocalLoss",
@@ -126,6 +133,31 @@ def test_few_runs_share_all_cores(tmp_path, monkeypatch, rows, jobs):
     where = ["--ledger", str(tmp_path / "ledger.json"), "--seeds", "1"]
     assert reproduce.main(["1b", "--scale", "mini", "--rows", *rows, *where]) == 1
     assert asked == [jobs] * len(rows)
+
+
+@pytest.mark.parametrize(("status", "ap"), [(0, 31.0), (1, None)])
+def test_skipped_step_is_no_divergence(tmp_path, monkeypatch, status, ap):
+    """MAX_SKIPPED_STEPS lets a run go on: it has diverged only if it ended so."""
+    (run,) = planned("1b", rows=["gamma=2"])
+    run.folder = tmp_path
+    run.process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])
+    run.process.wait()
+    (tmp_path / "console.txt").write_text("the loss was not finite at iteration=17: skipped\n")
+    (tmp_path / "commits.txt").write_text("abc\n")
+    lines = [{"iteration": 99, "loss_cls": 1.0, "time": 0.1}, {"iteration": 99, "bbox/AP": 31.0}]
+    (tmp_path / "metrics.json").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    monkeypatch.setattr(reproduce, "_resampled", lambda run: [31.0])
+    result = reproduce.outcome(run)
+    assert (result.get("AP"), result.get("diverged_at")) == (ap, None if ap else 17)
+
+
+@pytest.mark.parametrize("text", ["<<<<<<<", "[]", '{"mini": {"a-seed1": {}}}'])
+def test_file_that_is_no_ledger_is_one_line(tmp_path, text):
+    path = tmp_path / "ledger.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match="error: .*ledger.json is not a ledger of") as error:
+        reproduce.main(["1b", "--scale", "mini", "--dry-run", "--ledger", str(path)])
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.slow
