@@ -26,6 +26,8 @@ __all__ = ["check_written", "main"]
 def main(argv: list[str] | None = None) -> None:
     """Convert, load what was written into the model of its config, and print what was done.
 
+    Files that are there are replaced when the new ones have loaded.
+
     Raises:
         ConfigError: see :func:`retina_plugin.weights.conversion.convert_file`; an output is there
             already; what was written does not fit its config.
@@ -62,37 +64,38 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:8} {one_line(text)}")
     for note in converted.notes:
         print(f"Note     {one_line(note)}")
+    checked = []
+
+    def check(weights: Path, new_config: Path) -> None:
+        try:
+            checked.append(check_written(weights, new_config))
+        except ConfigError as error:
+            raise ConfigError(f"{args.input} cannot be converted: {error}") from None
+
     try:
-        write_converted(converted, output, f"{Path(args.input).name} ({source.name})")
+        write_converted(converted, output, f"{Path(args.input).name} ({source.name})", check)
     except OSError as error:
         raise ConfigError(str(error)) from None
-    try:
-        checked = check_written(output)
-    except ConfigError as error:
-        for path in (output, config):  # nobody should take them for good
-            path.unlink(missing_ok=True)
-        raise ConfigError(f"{args.input} cannot be converted: {error}") from None
-    print(f"Weights  {output}\nConfig   {config}\nChecked  {checked}")
+    print(f"Weights  {output}\nConfig   {config}\nChecked  {checked[0]}")
 
 
-def check_written(output: str | Path) -> str:
+def check_written(weights: Path, config: Path) -> str:
     """Load written weights into the model that their config builds; say how they fit.
 
     Raises:
         ConfigError: a tensor of the file is not used, or one of the model is not in the file.
             Weights of a backbone alone need only have all of the ResNet.
     """
-    config = str(config_path(output))
-    cfg = setup_cfg(config, ["MODEL.DEVICE", "cpu"])
+    cfg = setup_cfg(str(config), ["MODEL.DEVICE", "cpu"])
     checkpointer = Checkpointer(build_model(cfg))
-    checkpointer.load(str(output))
+    checkpointer.load(str(weights))
     fit = checkpointer.fit
     assert fit is not None  # load raises if nothing was loaded
     is_backbone = "head.cls_score.weight" in fit.missing
     missing = [name for name in fit.missing if not is_backbone or name.startswith(PREFIX)]
     if missing or fit.other_shape or fit.unused:
         lacks = f"it lacks {len(missing)} tensors, e.g. {missing[0]}" if missing else str(fit)
-        raise ConfigError(f"{output} does not fit the model of {config}: {lacks}")
+        raise ConfigError(f"{weights.name} does not fit the model of {config.name}: {lacks}")
     model = "the ResNet of the config's model" if is_backbone else "the config's model"
     return f"all tensors load into {model}"
 

@@ -88,6 +88,22 @@ def test_overwrite_replaces_both_files(weights, tmp_path):
     assert len(read_checkpoint(tmp_path / "a.pth")["model"]) == 100
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_overwrite_keeps_the_files_if_the_new_ones_do_not_fit(weights, tmp_path, error, suffix):
+    for name in (f"a{suffix}", "a.yaml"):
+        (tmp_path / name).write_text("good")
+    state = torch.load(weights)
+    torch.save({k: v for k, v in state.items() if "layer2.0.bn2" not in k}, tmp_path / "in.pth")
+    line = error(tmp_path / "in.pth", "--output", tmp_path / f"a{suffix}", "--overwrite")
+    assert f"in.pth cannot be converted: a{suffix} does not fit the model of a.yaml: " in line
+    assert (tmp_path / f"a{suffix}").read_text() == (tmp_path / "a.yaml").read_text() == "good"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_folder_without_write_permission_is_one_line(weights, error):
+    assert "cannot write /proc/a.pth: " in error(weights, "--output", "/proc/a.pth")
+
+
 def test_unusable_inputs_are_one_line(weights, tmp_path, error):
     output = tmp_path / "out.pth"
     torch.save({"a.weight": torch.ones(1), "b\n.bias": torch.ones(1)}, tmp_path / "other.pth")
@@ -155,7 +171,7 @@ def test_check_finds_what_does_not_fit(weights, tmp_path):
             changed["backbone.bottom_up.other"] = torch.ones(1)
         torch.save({"model": changed}, tmp_path / "a.pth")
         with pytest.raises(ConfigError, match="does not fit the model of"):
-            check_written(tmp_path / "a.pth")
+            check_written(tmp_path / "a.pth", tmp_path / "a.yaml")
 
 
 def test_foreign_retinanet_as_weights_asks_for_convert(tiny_cfg, tmp_path):

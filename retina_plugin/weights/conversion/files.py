@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from textwrap import wrap
@@ -85,12 +86,19 @@ def convert_weights(path: str | os.PathLike, source: str | None = None) -> tuple
     return known, converted
 
 
-def write_converted(converted: Converted, output: str | os.PathLike, origin: str) -> Converted:
-    """Write the weights and their config, each whole or not at all.
+def write_converted(
+    converted: Converted,
+    output: str | os.PathLike,
+    origin: str,
+    check: Callable[[Path, Path], None] | None = None,
+) -> Converted:
+    """Write the weights and their config: both whole, or neither.
 
     Args:
         output: see :func:`convert_file`.
         origin: for the header of the config, e.g. "model_final.pkl (detectron)".
+        check: is called with the weights and the config under temporary paths. If it raises, files
+            that are there stay as they are.
 
     Returns:
         ``converted`` with the ``MODEL.WEIGHTS`` that was written.
@@ -101,26 +109,33 @@ def write_converted(converted: Converted, output: str | os.PathLike, origin: str
     output = Path(output)
     model = {**converted.config["MODEL"], "WEIGHTS": os.path.abspath(output)}
     converted = replace(converted, config={**converted.config, "MODEL": model})
-    state = {name: value.contiguous() for name, value in converted.state.items()}
-    for file in (output, config_path(output)):
-        try:
-            with atomic_write(file) as temporary:
-                if file.suffix == ".yaml":
-                    temporary.write_text(_config_text(output, converted, origin), encoding="utf-8")
-                elif file.suffix == ".safetensors":
-                    safetensors.torch.save_file(state, temporary, _metadata(converted))
-                else:
-                    data: dict[str, Any] = {"model": state}
-                    if converted.class_names:
-                        data["class_names"] = converted.class_names
-                    torch.save(data, temporary)
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            first: BaseException = error
-            while first.__context__ is not None:  # torch hides the file's error behind its own
-                first = first.__context__
-            reason = getattr(first, "strerror", None) or first
-            raise OSError(f"cannot write {file}: {reason}") from None
+    try:
+        with atomic_write(config_path(output)) as config, atomic_write(output) as weights:
+            _save(converted, weights)
+            config.write_text(_config_text(output, converted, origin), encoding="utf-8")
+            if check is not None:
+                check(weights, config)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write {output}: {reason}") from None
     return converted
+
+
+def _save(converted: Converted, path: Path) -> None:
+    state = {name: value.contiguous() for name, value in converted.state.items()}
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(state, path, _metadata(converted))
+        return
+    data: dict[str, Any] = {"model": state}
+    if converted.class_names:
+        data["class_names"] = converted.class_names
+    try:
+        torch.save(data, path)
+    except RuntimeError as error:  # hides the file's error
+        first: BaseException = error
+        while first.__context__ is not None:
+            first = first.__context__
+        raise OSError(getattr(first, "strerror", None) or str(first)) from None
 
 
 def config_path(output: str | os.PathLike) -> Path:
