@@ -90,7 +90,8 @@ for box, score, name in zip(found.boxes, found.scores, found.class_names):
 
 `--page site`, above, wrote a folder of static files with the model inside, here with a second one
 beside it. `npm` fetches onnxruntime-web once; without a network, `--onnxruntime-web FILE.tgz` takes
-the file of `npm pack`. Any server of static files will do:
+the file of `npm pack`. Files of an earlier page are replaced; any other file of that name is kept,
+unless `--overwrite` is given. Any server of static files will do:
 
 ```sh
 python -m http.server --bind 127.0.0.1 --directory site

@@ -87,8 +87,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.page is not None:
         if format_of(output) != "onnx" or args.output_stage != "nms":
             raise ConfigError("--page needs an .onnx of the stage nms")
-        web = {"onnxruntime_web": args.onnxruntime_web, "second": args.page_second}
-        check_page(args.page, **web)  # or fail at once
+        web = {
+            "onnxruntime_web": args.onnxruntime_web,
+            "second": args.page_second,
+            "overwrite": args.overwrite,
+        }
+        check_page(output, args.page, **web)  # or fail at once
     elif args.page_second or args.onnxruntime_web:
         parser.error("--page-second and --onnxruntime-web are for --page DIR")
     with console(0):

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from retina_plugin.cache import atomic_write, cache_root
@@ -33,6 +34,9 @@ _RUNTIME_FILES = (
     "ort-wasm-simd-threaded.wasm",
 )
 
+# What the first and the second model are called in the folder.
+_MODELS = ("model.onnx", "second.onnx")
+
 
 def write_page(
     model: str | os.PathLike,
@@ -40,11 +44,12 @@ def write_page(
     *,
     onnxruntime_web: str | os.PathLike | None = None,
     second: str | os.PathLike | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a page that detects in a user's pictures, without a server that computes.
 
     Any server of static files will do, such as ``python -m http.server``. Files of an earlier page
-    are replaced.
+    are replaced. Other files are kept.
 
         write_page("digits.onnx", "page", second="digits_int8.onnx")
 
@@ -54,31 +59,35 @@ def write_page(
         onnxruntime_web: the npm package of that name, a .tgz. None: ``npm pack`` fetches the
             version :data:`ONNXRUNTIME_WEB`, once.
         second: another model, which is shown beside the first.
+        overwrite: whether files in the folder that are not of an earlier page are replaced.
 
     Returns:
         The page, ``index.html``.
 
     Raises:
-        ConfigError: a model cannot run on the page, the npm package cannot be fetched or read, or
-            the folder cannot be written; one line.
+        ConfigError: a model cannot run on the page, or would be replaced by the other one; the
+            folder has a file that is not of an earlier page; the npm package cannot be fetched or
+            read; the folder cannot be written.
     """
     output = Path(output)
     models = [Path(path) for path in (model, second) if path is not None]
     for path in models:
         _check_model(path)
+    _check_folder(output, models, overwrite)
     if onnxruntime_web is None:
         onnxruntime_web = fetch_onnxruntime_web()
     runtime = _runtime_files(Path(onnxruntime_web))
     try:
         output.mkdir(parents=True, exist_ok=True)
         entries = []
-        for path, file in zip(models, ("model.onnx", "second.onnx")):
+        stale = _models_of_page(output) - set(_MODELS[: len(models)])
+        for path, file in zip(models, _MODELS):
             if path.resolve() != (output / file).resolve():
                 with atomic_write(output / file) as temporary:
                     shutil.copyfile(path, temporary)
-            entries.append({"file": file, "name": path.stem})
-        if second is None:  # of an earlier page
-            (output / "second.onnx").unlink(missing_ok=True)
+            entries.append({"file": file, "name": _title(path, models)})
+        for file in stale:
+            (output / file).unlink(missing_ok=True)
         files = {**runtime, **_static_files(), "models.json": json.dumps(entries).encode()}
         for name, content in files.items():
             with atomic_write(output / name) as temporary:
@@ -91,21 +100,29 @@ def write_page(
 
 
 def check_page(
+    model: str | os.PathLike,
     output: str | os.PathLike,
     *,
     onnxruntime_web: str | os.PathLike | None = None,
     second: str | os.PathLike | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Whether :func:`write_page` can do its part, before a model is exported for minutes.
 
+    Args:
+        model: need not be there yet.
+        output, onnxruntime_web, second, overwrite: see :func:`write_page`.
+
     Raises:
-        ConfigError: as it would, but for the model.
+        ConfigError: as it would, but for what is in the model.
     """
     existing = next(path for path in (Path(output), *Path(output).parents) if path.exists())
     if not existing.is_dir():
         raise ConfigError(f"--page: {existing} is a file: choose another folder")
     if second is not None:
         _check_model(Path(second))
+    models = [Path(path) for path in (model, second) if path is not None]
+    _check_folder(Path(output), models, overwrite)
     _runtime_files(Path(onnxruntime_web or fetch_onnxruntime_web()))
 
 
@@ -118,6 +135,50 @@ def _check_model(path: Path) -> None:
             f"{path} was exported with --output-stage {exported.metadata.stage}: a page needs the "
             "stage nms"
         )
+
+
+def _check_folder(output: Path, models: Sequence[Path], overwrite: bool) -> None:
+    """
+    Raises:
+        ConfigError: the page would replace a model that it is made of, or a file of the user's.
+    """
+    places = dict(zip(_MODELS, models))
+    for name, path in places.items():
+        for other in set(_MODELS) - {name}:
+            if path.resolve() == (output / other).resolve():
+                raise ConfigError(
+                    f"--page {output}: its {other} would not be {path}: choose another folder"
+                )
+    if overwrite:
+        return
+    ours = _models_of_page(output)
+    names = [name for name, path in places.items() if path.resolve() != (output / name).resolve()]
+    if not ours:  # else these are of the earlier page
+        names += [*_static_files(), *_RUNTIME_FILES, "models.json"]
+    for name in names:
+        if name not in ours and (output / name).exists():
+            raise ConfigError(
+                f"--page: {output / name} is there already and is not of an earlier page: choose "
+                "another folder, or --overwrite replaces it"
+            )
+
+
+def _title(path: Path, models: Sequence[Path]) -> str:
+    """What the page calls a model: the file's name, with its folder's if both are called so."""
+    if sum(model.stem == path.stem for model in models) == 1:
+        return path.stem
+    return f"{path.resolve().parent.name}/{path.stem}"
+
+
+def _models_of_page(folder: Path) -> set[str]:
+    """The files of the models of the page in a folder; none if there is no page of ours."""
+    try:
+        entries = json.loads((folder / "models.json").read_bytes())
+        if all(entry.keys() == {"file", "name"} for entry in entries):
+            return {entry["file"] for entry in entries} & set(_MODELS)
+    except (OSError, ValueError, AttributeError, TypeError):
+        pass
+    return set()
 
 
 def _static_files() -> dict[str, bytes]:

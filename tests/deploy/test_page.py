@@ -11,7 +11,13 @@ from html.parser import HTMLParser
 
 import pytest
 
-from retina_plugin.deploy.page import ONNXRUNTIME_WEB, fetch_onnxruntime_web, write_page
+from retina_plugin.cli import export
+from retina_plugin.deploy.page import (
+    ONNXRUNTIME_WEB,
+    check_page,
+    fetch_onnxruntime_web,
+    write_page,
+)
 from retina_plugin.errors import ConfigError
 from tests.deploy.echo import write_echo
 
@@ -112,6 +118,93 @@ def test_folder_has_the_page_the_model_and_the_runtime(static, tmp_path):
     write_page(index.parent / "model.onnx", index.parent, onnxruntime_web=runtime)
     assert {path.name for path in index.parent.iterdir()} == expected - {"second.onnx"}
     assert (index.parent / "model.onnx").read_bytes() == model.read_bytes()
+
+
+@pytest.fixture
+def others(tmp_path):
+    """A folder of the user's: a page and two models that are not ours to replace."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    for name in ("index.html", "model.onnx", "second.onnx", "notes.txt"):
+        (folder / name).write_text(f"the user's {name}")
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_files_that_are_not_of_an_earlier_page_are_kept(others, tmp_path):
+    """Before a model is exported, too. `overwrite` replaces what the page needs, and no more."""
+    model, runtime = write_echo(tmp_path / "birds.onnx"), package(tmp_path / "web.tgz")
+    before = contents(others)
+    for name in ("model.onnx", "index.html"):
+        for function in (check_page, write_page):
+            with pytest.raises(ConfigError, match=rf"{name} is there already .* --overwrite"):
+                function(model, others, onnxruntime_web=runtime)
+        assert contents(others) == before
+        del before[name]
+        (others / name).unlink()
+    write_page(model, others, onnxruntime_web=runtime)
+    assert {name: contents(others)[name] for name in before} == before
+
+    # a second.onnx that the page does not list is not the page's
+    with pytest.raises(ConfigError, match=r"second.onnx is there already"):
+        write_page(model, others, onnxruntime_web=runtime, second=model)
+    assert {name: contents(others)[name] for name in before} == before
+    write_page(model, others, onnxruntime_web=runtime, second=model, overwrite=True)
+    assert (others / "second.onnx").read_bytes() == model.read_bytes()
+    assert (others / "notes.txt").read_bytes() == before["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("model", "second", "lost"),
+    [
+        ("site/half.onnx", "site/model.onnx", "model.onnx"),
+        ("site/second.onnx", None, "second.onnx"),
+        ("site/second.onnx", "site/model.onnx", "second.onnx"),
+    ],
+)
+def test_page_does_not_replace_its_own_sources(model, second, lost, tmp_path):
+    """The folder's model.onnx is the first model, its second.onnx the second one."""
+    (tmp_path / "site").mkdir()
+    runtime = package(tmp_path / "web.tgz")
+    for number, name in enumerate(("half.onnx", "model.onnx", "second.onnx")):
+        write_echo(tmp_path / "site" / name, topk_candidates=100 + number)
+    before = contents(tmp_path / "site")
+    options = {"onnxruntime_web": runtime, "second": second and tmp_path / second}
+    for function in (check_page, write_page):
+        for overwrite in (False, True):
+            message = rf"--page .*site: its {lost} would not be .*{lost}: choose another folder"
+            with pytest.raises(ConfigError, match=message):
+                function(tmp_path / model, tmp_path / "site", overwrite=overwrite, **options)
+    assert contents(tmp_path / "site") == before
+
+
+def test_command_refuses_the_folder_before_it_exports(others, tmp_path):
+    before = contents(others)
+    command = ["--config-file", "none.yaml", "--weights", "none.pth", "--page", str(others)]
+    command += ["--onnxruntime-web", str(package(tmp_path / "web.tgz")), "--output"]
+    for output, message in [
+        (tmp_path / "new.onnx", r"model.onnx is there already"),
+        (others / "second.onnx", r"its second.onnx would not be"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            export.main([*command, str(output)])
+    with pytest.raises(ConfigError, match=r"none.yaml"):
+        export.main([*command, str(tmp_path / "new.onnx"), "--overwrite"])
+    assert contents(others) == before
+
+
+def test_models_of_one_name_have_their_folders_names(tmp_path):
+    for folder in ("first", "other"):
+        (tmp_path / folder).mkdir()
+        write_echo(tmp_path / folder / "model.onnx")
+    runtime = package(tmp_path / "web.tgz")
+    models = [tmp_path / folder / "model.onnx" for folder in ("first", "other")]
+    write_page(models[0], tmp_path / "out", onnxruntime_web=runtime, second=models[1])
+    entries = json.loads((tmp_path / "out" / "models.json").read_text())
+    assert [entry["name"] for entry in entries] == ["first/model", "other/model"]
 
 
 def test_models_that_no_page_can_run_are_refused(tmp_path):
