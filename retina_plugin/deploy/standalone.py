@@ -20,6 +20,9 @@ Sizes, channel order, class names and thresholds are read from the model's file.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import io
 import itertools
 import json
 import os
@@ -33,6 +36,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 __all__ = ["Detections", "Detector", "DetectorError", "main"]
+
+# For class names with letters that Pillow's own font lacks, which is almost all but ASCII.
+_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "arial.ttf",
+    "Arial.ttf",
+    "Arial Unicode.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "msyh.ttc",
+)
 
 
 class DetectorError(ValueError):
@@ -199,8 +213,12 @@ def _checked(path: str | os.PathLike, text: str | None) -> dict[str, Any]:
 def read_image(image: str | os.PathLike | Image.Image) -> np.ndarray:
     """(H, W, 3) RGB pixels, upright by the camera's orientation, without transparency.
 
+    A PNG is checked by its checksums. Other formats have none: of a damaged JPEG Pillow only finds
+    that a part is missing.
+
     Raises:
-        DetectorError: it is missing, no image, damaged, or has more than 8 bits a channel.
+        DetectorError: it is missing, no image, found to be damaged, or has more than 8 bits a
+            channel.
     """
     name = "the PIL image" if isinstance(image, Image.Image) else os.fspath(image)
     try:
@@ -298,17 +316,38 @@ def draw(image: Image.Image, found: Detections) -> Image.Image:
     pen = ImageDraw.Draw(drawn)
     line = max(1, round(max(drawn.size) / 400))
     height = max(10, round(max(drawn.size) / 50))
-    font = ImageFont.load_default(height)
     for i in range(len(found))[::-1]:
         hue = int(255 * (0.08 + found.class_ids[i] * 0.618034) % 255)  # golden ratio: far apart
         colour = Image.new("HSV", (1, 1), (hue, 217, 255)).convert("RGB").getpixel((0, 0))
         box = found.boxes[i].tolist()
         pen.rectangle(box, outline=colour, width=line)
         label = f"{found.class_names[i]} {found.scores[i]:.2f}"
+        font = _font(label, height)
         corner = (box[0], max(0, box[1] - height - 2 * line))
         pen.rectangle(pen.textbbox(corner, label, font), fill=colour)
         pen.text(corner, label, fill="black", font=font)
     return drawn
+
+
+def _font(text: str, height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font for ASCII, else the first one on this machine that has all letters."""
+    own = ImageFont.load_default(height)
+    fonts = () if text.isascii() else _fonts(height)
+    return next((font for font in fonts if _has_letters(font, text)), own)
+
+
+@functools.lru_cache
+def _fonts(height: int) -> list[ImageFont.FreeTypeFont]:
+    fonts = []
+    for name in _FONTS:
+        with contextlib.suppress(OSError):  # it is not here
+            fonts.append(ImageFont.truetype(name, height))
+    return fonts
+
+
+def _has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    missing = bytes(font.getmask("\U0010ffff"))  # no letter: what a font draws instead of one
+    return all(bytes(font.getmask(letter)) != missing for letter in text)
 
 
 def _line(error: Exception) -> str:
@@ -320,13 +359,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Detect with a file of `retina export`.")
     parser.add_argument("model", help="the .onnx file")
     parser.add_argument("images", nargs="+", metavar="image")
-    parser.add_argument("--score", type=float, default=0.3, help="lowest score (default: .3)")
+    parser.add_argument("--score", type=_score, default=0.3, help="lowest score (default: .3)")
     parser.add_argument("--json", metavar="FILE", help="write COCO's result list")
     parser.add_argument("--draw", metavar="FOLDER", help="write the images with their boxes")
     args = parser.parse_intermixed_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a class name that a terminal cannot show
     try:
-        detect = Detector(args.model)
-        entries, failed = _detect_all(detect, args)
+        targets = _targets(args.images, args.draw)
+        if args.json:  # or fail before all images were detected
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.json).open("a").close()
+        entries, failed = _detect_all(Detector(args.model), args, targets)
         if args.json:
             Path(args.json).write_text(json.dumps(entries, indent=0) + "\n", encoding="utf-8")
     except (DetectorError, OSError) as error:
@@ -334,10 +378,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(1 if failed else 0)
 
 
-def _detect_all(detect: Detector, args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+def _score(text: str) -> float:
+    score = float(text)
+    if not 0 <= score <= 1:  # also nan
+        raise argparse.ArgumentTypeError(f"{text}: give a probability from 0 to 1")
+    return score
+
+
+def _targets(images: Sequence[str], folder: str | None) -> list[Path]:
+    """The drawn image of each input; none if no folder is given.
+
+    Raises:
+        DetectorError: one would replace an input.
+    """
+    if folder is None:
+        return []
+    taken: set[str] = set()
+    # lower case, as some file systems compare
+    inputs = {os.path.realpath(path).lower() for path in images}
+    targets = [Path(folder, f"{_unused(Path(path).stem, taken)}.png") for path in images]
+    for target in targets:
+        if os.path.realpath(target).lower() in inputs:
+            raise DetectorError(
+                f"--draw: the drawn image {target} would replace an input: choose another folder"
+            )
+    return targets
+
+
+def _detect_all(
+    detect: Detector, args: argparse.Namespace, targets: Sequence[Path]
+) -> tuple[list[dict[str, Any]], int]:
     entries: list[dict[str, Any]] = []
     failed = 0
-    taken: set[str] = set()
     stems = [Path(path).stem for path in args.images]
     # a name that is a number is its own id, as in COCO (000000000139.jpg)
     numbers = all(stem.isdecimal() for stem in stems) and len(set(map(int, stems))) == len(stems)
@@ -354,9 +426,9 @@ def _detect_all(detect: Detector, args: argparse.Namespace) -> tuple[list[dict[s
         for box, score, name in zip(found.boxes, found.scores, found.class_names):
             print(f"  {name:20} {score:.3f}  {' '.join(f'{x:.1f}' for x in box)}")
         entries += [{**entry, "file_name": path} for entry in found.to_coco(image_id)]
-        if args.draw:
-            Path(args.draw).mkdir(parents=True, exist_ok=True)
-            target = Path(args.draw, f"{_unused(Path(path).stem, taken)}.png")
+        if targets:
+            target = targets[number - 1]
+            target.parent.mkdir(parents=True, exist_ok=True)
             draw(Image.fromarray(pixels), found).save(target)
     return entries, failed
 

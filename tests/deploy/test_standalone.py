@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.data import transforms as T
-from PIL import Image
+from PIL import Image, ImageFont
 from sklearn.datasets import load_sample_images
 
 from retina_plugin.data.images import read_image as read_as_in_training
@@ -94,6 +95,79 @@ def test_drawn_images_have_the_names_of_the_inputs(tmp_path, image):
     assert status.value.code == 0
     names = sorted(path.name for path in (tmp_path / "drawn").iterdir())
     assert names == ["IMAGE_2.png", "image.png", "image_2_2.png", "image_3.png", "image_4.png"]
+
+
+def fails(*arguments):
+    """The exit status of the command, or its line."""
+    with pytest.raises(SystemExit) as left:
+        standalone.main([str(argument) for argument in arguments])
+    return left.value.code
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_drawn_images_do_not_replace_inputs(link, tmp_path, image, monkeypatch):
+    """Not even through a link, and none was detected before that is found."""
+    write_echo(tmp_path / "model.onnx")
+    monkeypatch.chdir(tmp_path)
+    folder, source = ".", "image.png"
+    if link:
+        (tmp_path / "drawn").mkdir()
+        (tmp_path / "drawn" / "IMAGE.png").symlink_to(image)
+        folder, source = "drawn", "drawn/IMAGE.png"
+    before = image.read_bytes()
+    line = fails("model.onnx", source, "no.png", "--draw", folder, "--json", "found.json")
+    assert line.startswith("error: --draw: the drawn image ") and "would replace an input" in line
+    assert image.read_bytes() == before and not (tmp_path / "found.json").exists()
+    assert fails("model.onnx", source, "--draw", "elsewhere") == 0
+
+
+def test_class_names_that_the_terminal_cannot_show(repo, tmp_path, image):
+    """They are replaced in the text, and whole in the JSON."""
+    write_echo(tmp_path / "model.onnx")
+    command = [sys.executable, repo / "retina_plugin/deploy/standalone.py", "model.onnx", image]
+    done = subprocess.run(
+        [*command, "--json", "found.json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\n  ?????  " in done.stdout
+    entries = json.loads((tmp_path / "found.json").read_text("utf-8"))
+    assert [e["category_name"] for e in entries] == ["кошка", "dog"]
+
+
+def test_labels_have_letters_of_other_alphabets(tmp_path):
+    """Pillow's own font draws the same sign for each of them."""
+    try:
+        ImageFont.truetype("DejaVuSans.ttf")
+    except OSError:
+        pytest.skip("DejaVuSans.ttf is not here")
+
+    def drawn(name):
+        names = (name, *NAMES[1:])
+        detect = Detector(write_echo(tmp_path / "model.onnx", class_names=names))
+        image = Image.new("RGB", (100, 50), "white")
+        return standalone.draw(image, detect(image)).tobytes()
+
+    assert drawn("кошка") != drawn("кожка")
+    assert drawn("café") != drawn("cafà")
+
+
+def test_json_is_written_to_a_new_folder_or_fails_at_once(tmp_path, image, capsys):
+    model = write_echo(tmp_path / "model.onnx")
+    assert fails(model, image, "--json", tmp_path / "no" / "such" / "found.json") == 0
+    assert len(json.loads((tmp_path / "no/such/found.json").read_text("utf-8"))) == 2
+    capsys.readouterr()
+    assert str(fails(model, image, "--json", tmp_path)).startswith("error: ")
+    assert capsys.readouterr().out == ""  # before the first image
+
+
+@pytest.mark.parametrize("score", ["1.5", "-0.1", "nan", "high"])
+def test_score_is_a_probability(score, tmp_path, image, capsys):
+    assert fails(write_echo(tmp_path / "model.onnx"), image, "--score", score) == 2
+    assert "argument --score: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("old, new", sizes(40))
