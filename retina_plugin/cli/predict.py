@@ -194,7 +194,11 @@ class _Run:
         if self.draws:
             folder = self.output / "images"
             folder.mkdir(exist_ok=True)
-            write_image(folder / self._image_names.image(path), found.draw(frame.pixels))
+            drawn = folder / self._image_names.image(path, found.image_size)
+            try:
+                write_image(drawn, found.draw(frame.pixels))
+            except ConfigError as error:
+                self.failed(path, ConfigError(f"{path} is not drawn: {error}"))
 
     def _write_video(self, predictor: RetinaPredictor, source: str | int) -> int:
         name = source if isinstance(source, str) else f"webcam_{source}"

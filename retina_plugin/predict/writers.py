@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import itertools
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -13,29 +14,45 @@ from typing import IO, Any
 import cv2
 import numpy as np
 
+from retina_plugin.errors import ConfigError
+
 from .predictions import Predictions
 
 __all__ = ["CsvFile", "FileNames", "ImageIds", "JsonList", "write_image"]
 
 _IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}  # formats that drawn images keep
+_MAX_SIDES = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # pixels; others have no such limit
+# File systems have names of 255 bytes: this leaves room for a number, an extension and ".partial".
+_MAX_STEM = 230
+# Of a name that the file system cannot have, and of no other file there.
+_NAME_ERRORS = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL}
 _FIELDS = "image_id file_name frame x0 y0 x1 y1 score class_id category_id class_name".split()
 
 
 class _Stream:
-    """A text file that appears under its name when it is closed."""
+    """A text file that appears under its name when it is closed, but not after an error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._partial = path.with_name(f".{path.name}.partial")
+        # backslashreplace: a file name may hold bytes that are no UTF-8
         self._file: IO[str] = open(  # noqa: SIM115
-            self._partial, "w", encoding="utf-8", newline=""
+            self._partial, "w", encoding="utf-8", errors="backslashreplace", newline=""
         )
 
     def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._discard()
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk: closing writes the rest
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
 
     def close(self) -> None:
         self._file.flush()
@@ -105,41 +122,68 @@ class ImageIds:
 class FileNames:
     """Output names, no two of them the same on any file system.
 
-    A second ``a.jpg``, of another folder, becomes ``a_2.jpg``.
+    A second ``a.jpg``, of another folder, becomes ``a_2.jpg``. Very long names are shortened.
     """
 
     def __init__(self) -> None:
-        self._taken: set[str] = set()
+        self._next: dict[str, int] = {}  # of each name, in lower case: the next number to try
 
     def new(self, path: str, extensions: set[str], default: str) -> str:
         """The base name of ``path``, with the extension ``default`` if its own is none of these."""
         stem, extension = os.path.splitext(os.path.basename(path))
         extension = extension if extension.lower() in extensions else default
-        for number in itertools.count(1):
-            name = f"{stem}{extension}" if number == 1 else f"{stem}_{number}{extension}"
-            if name.lower() not in self._taken:
-                self._taken.add(name.lower())
-                return name
-        raise AssertionError("unreachable")
+        stem = _shortened(stem)
+        first = f"{stem}{extension}".lower()
+        number = self._next.get(first, 1)
+        name = f"{stem}{extension}" if number == 1 else f"{stem}_{number}{extension}"
+        while name.lower() in self._next:
+            number += 1
+            name = f"{stem}_{number}{extension}"
+        self._next[name.lower()] = 2
+        self._next[first] = number + 1
+        return name
 
-    def image(self, path: str) -> str:
-        """A name for a drawn image; formats that OpenCV does not write become JPEG."""
-        return self.new(path, _IMAGES, ".jpg")
+    def image(self, path: str, size: tuple[int, int]) -> str:
+        """A name for a drawn image.
+
+        Formats that OpenCV does not write become JPEG; above JPEG's largest side they become PNG.
+
+        Args:
+            size: height and width.
+        """
+        allowed = {e for e in _IMAGES if max(size) <= _MAX_SIDES.get(e, max(size))}
+        return self.new(path, allowed, ".jpg" if ".jpg" in allowed else ".png")
 
     def video(self, path: str) -> str:
         """A name for a drawn video."""
         return self.new(path, {".mp4"}, ".mp4")
 
 
+def _shortened(stem: str) -> str:
+    while len(os.fsencode(stem)) > _MAX_STEM:
+        stem = stem[:-1]
+    return stem
+
+
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write an image whole or not at all.
 
     Raises:
-        OSError: it cannot be written.
+        ConfigError: OpenCV cannot encode this image, or the file system cannot have its name.
+        OSError: the folder or the disk cannot be written to.
     """
-    encoded, data = cv2.imencode(path.suffix.lower(), image)
+    try:
+        encoded, data = cv2.imencode(path.suffix.lower(), image)
+    except cv2.error:
+        encoded = False
     if not encoded:
-        raise OSError(f"OpenCV cannot encode {path}")
-    partial = path.with_name(f".{path.name}.partial"[-255:])
-    partial.write_bytes(data.tobytes())
-    partial.replace(path)
+        height, width = image.shape[:2]
+        raise ConfigError(f"OpenCV cannot encode {width}x{height} pixels as {path.suffix}")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data.tobytes())
+        partial.replace(path)
+    except OSError as error:
+        if error.errno not in _NAME_ERRORS:
+            raise
+        raise ConfigError(f"cannot write {path} ({error.strerror})") from None

@@ -145,6 +145,19 @@ def test_damaged_video_and_missing_webcam_are_left_out(retina, tmp_path, capfd):
     assert "bad.mp4" in said and "webcam 97" in said and len(results()) > 0
 
 
+def test_image_that_cannot_be_drawn_is_named_and_the_run_goes_on(retina, capfd):
+    """The path of the first drawing is too long for the system. Its detections are written."""
+    output = "/".join(["d" * 200] * 18 + ["e" * 230])
+    first = f"{'a' * 250}.png"
+    for name in (first, "b.png"):
+        cv2.imwrite(name, noise(64, 64))
+    assert retina(first, "b.png", "--output", output) == 1
+    assert f"left out: {first} is not drawn: cannot write " in capfd.readouterr().err
+    assert os.listdir(f"{output}/images") == ["b.png"]
+    names = {x["file_name"] for x in json.loads(Path(output, "predictions.json").read_text())}
+    assert names == {first, "b.png"}
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

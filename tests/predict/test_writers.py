@@ -1,0 +1,103 @@
+"""Output files: their names, and what is there after an error."""
+
+import csv
+import json
+import os
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from retina_plugin.errors import ConfigError
+from retina_plugin.predict import Predictions
+from retina_plugin.predict.writers import CsvFile, FileNames, JsonList, write_image
+
+SIZE = (64, 64)
+
+
+def test_names_differ_on_every_file_system():
+    names = FileNames()
+    inputs = ["a/x.png", "b/x.png", "c/X.png", "x_2.png", "d/x.png", "x.tif", "x.jpg"]
+    expected = ["x.png", "x_2.png", "X_3.png", "x_2_2.png", "x_4.png", "x.jpg", "x_2.jpg"]
+    assert [names.image(path, SIZE) for path in inputs] == expected
+
+
+def test_each_of_many_files_of_one_name_takes_the_same_steps():
+    """Counted in calls: to count from 1 for each file took an hour for 100,000."""
+    names, steps = FileNames(), [0]
+
+    def count(frame, event, function):
+        steps[0] += event == "c_call"
+
+    def steps_of(number):
+        steps[0] = 0
+        sys.setprofile(count)
+        found = [names.image("rgb.png", SIZE) for _ in range(number)]
+        sys.setprofile(None)
+        assert len(set(found)) == number
+        return steps[0]
+
+    first, second = steps_of(300), steps_of(300)
+    assert second < 1.1 * first and names.image("rgb.png", SIZE) == "rgb_601.png"
+
+
+@pytest.mark.parametrize("letter", ["a", "я", "漢"])
+def test_long_names_are_shortened(tmp_path, letter):
+    names = FileNames()
+    name = letter * (251 // len(letter.encode())) + ".png"
+    written = [names.image(name, SIZE) for _ in range(2)]
+    for drawn in written:
+        write_image(tmp_path / drawn, np.zeros((4, 4, 3), np.uint8))
+    assert sorted(os.listdir(tmp_path)) == sorted(written)
+    assert all(drawn.startswith(letter * 60) and drawn.endswith(".png") for drawn in written)
+    assert names.video(name).endswith(f"{letter}.mp4")
+
+
+@pytest.mark.parametrize(
+    ("width", "name", "expected"),
+    [
+        (65_500, "a.tif", "a.jpg"),
+        (65_501, "a.tif", "a.png"),
+        (65_501, "a.JPEG", "a.png"),
+        (65_501, "a.bmp", "a.bmp"),
+        (16_383, "a.webp", "a.webp"),
+        (16_384, "a.webp", "a.jpg"),
+    ],
+)
+def test_wide_image_gets_a_format_that_can_have_it(tmp_path, width, name, expected):
+    drawn = FileNames().image(name, (2, width))
+    assert drawn == expected
+    write_image(tmp_path / drawn, np.zeros((2, width, 3), np.uint8))
+    assert cv2.imread(str(tmp_path / drawn)).shape == (2, width, 3)
+
+
+def test_image_that_cannot_be_written_is_no_error_of_the_disk(tmp_path):
+    with pytest.raises(ConfigError, match="cannot encode 1000001x1 pixels as .png"):
+        write_image(tmp_path / "a.png", np.zeros((1, 1_000_001, 3), np.uint8))
+    with pytest.raises(ConfigError, match="cannot write .*File name too long"):
+        write_image(tmp_path / f"{'a' * 252}.png", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(FileNotFoundError):
+        write_image(tmp_path / "no" / "a.png", np.zeros((4, 4, 3), np.uint8))
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [JsonList, CsvFile])
+def test_error_leaves_the_file_of_an_earlier_run(tmp_path, kind):
+    path = tmp_path / "predictions"
+    path.write_text("old")
+    with pytest.raises(OSError, match="disk"), kind(path):
+        raise OSError("disk")
+    assert os.listdir(tmp_path) == ["predictions"] and path.read_text() == "old"
+
+
+def test_file_name_that_is_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    found = Predictions(np.ones((1, 4), np.float32), np.ones(1), np.zeros(1, int), SIZE, ("a",))
+    entries = [{**entry, "file_name": name} for entry in found.to_coco(1)]
+    with CsvFile(tmp_path / "a.csv") as table, JsonList(tmp_path / "a.json") as results:
+        table.write(found, entries)
+        results.write(entries)
+    (row,) = csv.DictReader((tmp_path / "a.csv").read_text(encoding="utf-8").splitlines())
+    assert row["file_name"] == "caf\\udce9.png"
+    assert json.loads((tmp_path / "a.json").read_text())[0]["file_name"] == name
