@@ -27,7 +27,7 @@ from retina_plugin.data import DATASET_MAPPER_REGISTRY
 from retina_plugin.doctor import raise_errors
 from retina_plugin.doctor.datasets import check_datasets, dataset_records
 from retina_plugin.errors import ConfigError
-from retina_plugin.evaluation import EVALUATOR_REGISTRY
+from retina_plugin.evaluation import FastCOCOEvaluator
 from retina_plugin.modeling import FocalRetinaNet
 
 from .loading import load_for_export
@@ -43,7 +43,7 @@ class ApComparison:
 
     Attributes:
         dataset, images: the dataset's name, and how many of its images were used.
-        model, file: {"AP": ..., "AP50": ...} in percent, as the evaluator gives them. NaN: the
+        model, file: {"AP": ..., "AP50": ...} in percent, by :class:`.FastCOCOEvaluator`. NaN: the
             dataset has no such object, or nothing was detected.
         model_ms, file_ms: median time of an image, from the resized pixels to detections.
     """
@@ -182,8 +182,9 @@ def compare_ap(
 ) -> ApComparison:
     """Evaluate a file and the model on the same resized images, one at a time.
 
-    Images, resizing and metrics are those of an evaluation: ``INPUT.MAPPER`` and
-    the first of ``TEST.EVALUATORS``.
+    Images and resizing are those of an evaluation, by ``INPUT.MAPPER``. Metrics are COCO's,
+    whatever ``TEST.EVALUATORS`` says: an evaluator of the user's need not give an AP, nor one of
+    some images.
 
     Args:
         cfg, model: see :func:`.load_for_export`.
@@ -207,12 +208,7 @@ def compare_ap(
     metrics: dict[str, dict[str, float]] = {}
     times: dict[str, list[float]] = {name: [] for name in runs}
     with tempfile.TemporaryDirectory() as folder:
-        evaluators = {
-            name: EVALUATOR_REGISTRY.build_named(
-                cfg.TEST.EVALUATORS[0], cfg, dataset, os.path.join(folder, name)
-            )
-            for name in runs
-        }
+        evaluators = {name: FastCOCOEvaluator(dataset, os.path.join(folder, name)) for name in runs}
         for evaluator in evaluators.values():
             evaluator.reset()
         ids = []

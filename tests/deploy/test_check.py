@@ -148,6 +148,18 @@ def test_ap_is_that_of_both_whatever_the_order_of_the_classes(found_by_model, or
     assert found.file == pytest.approx(found.model, nan_ok=True)
 
 
+@pytest.mark.parametrize("images", [None, 2])
+def test_ap_is_measured_whatever_the_evaluators_are(found_by_model, images):
+    """A report has no AP, cannot be one of some images, and its files would be lost."""
+    register, cfg, model, metadata = found_by_model
+    cfg = cfg.clone()
+    cfg.TEST.EVALUATORS = ("ReportEvaluator",)
+    file = _in_memory(DenseModel(model).eval(), metadata)
+    found = compare_ap(cfg, model, file, register(NAMES), images=images)
+    assert list(found.model) == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+    assert 5 < found.model["AP"] < 100
+
+
 def test_ap_of_another_model_differs(found_by_model):
     register, cfg, model, metadata = found_by_model
     dense = copy.deepcopy(DenseModel(model).eval())
