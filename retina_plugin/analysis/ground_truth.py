@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,8 @@ from retina_plugin.errors import ConfigError, first_line
 from retina_plugin.evaluation.detections import fill_in
 
 __all__ = ["GroundTruth", "as_boxes", "read_ground_truth"]
+
+logger = logging.getLogger("retina_plugin")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,19 +61,22 @@ class GroundTruth:
         """Of the content of an annotation file in COCO's format.
 
         A missing ``iscrowd`` is 0, and a missing area is that of the box, as in an evaluation. Ids
-        may be numbers or texts.
+        may be numbers or texts. Annotations of images that the file does not have are left out, as
+        pycocotools does.
 
         Raises:
-            ConfigError: it has no images, classes or annotations, or an annotation has no box or
-                is of another image or class; the line names it.
+            ConfigError: it has no images, classes or annotations, or an annotation has no box, no
+                right area or another class; the line names it.
         """
         for key in ("images", "categories", "annotations"):
             if not isinstance(coco.get(key), list):
                 raise ConfigError(f"{name} has no {key}: a report needs them")
+        annotations = [a for a in coco["annotations"] if isinstance(a, dict)]
         try:
             images = _by_id(coco["images"])
             categories = _by_id(coco["categories"])
-            fill_in(coco)
+            fill_in({"annotations": annotations})
+            annotations = _of_images(annotations, images, name)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{name}: an image, category or annotation is incomplete ({first_line(error)}): "
@@ -78,7 +84,6 @@ class GroundTruth:
             ) from None
         if not images or not categories:
             raise ConfigError(f"{name} has no {'classes' if images else 'images'}")
-        annotations = [a for a in coco["annotations"] if isinstance(a, dict)]
         return cls(
             name=name,
             image_ids=tuple(images),
@@ -87,10 +92,10 @@ class GroundTruth:
             sizes=np.array([_size(image) for image in images.values()], np.float64),
             category_ids=tuple(categories),
             class_names=tuple(str(c.get("name", i)) for i, c in categories.items()),
-            images=_places((a.get("image_id") for a in annotations), images, name, "image"),
-            classes=_places((a.get("category_id") for a in annotations), categories, name, "class"),
+            images=_places((a["image_id"] for a in annotations), images),
+            classes=_classes(annotations, categories, name),
             boxes=as_boxes([a.get("bbox") for a in annotations], f"annotation {{}} of {name}"),
-            areas=np.array([a["area"] for a in annotations if "area" in a], np.float64),
+            areas=_areas(annotations, name),
             crowds=np.array([bool(a["iscrowd"]) for a in annotations], bool),
         )
 
@@ -174,12 +179,43 @@ def _by_id(entries: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
         return dict(sorted(found.items(), key=lambda x: (str(type(x[0])), x[0])))
 
 
-def _places(ids: Iterable[Any], known: dict[Any, Any], name: str, what: str) -> np.ndarray:
-    place = {i: k for k, i in enumerate(known)}
+def _of_images(
+    annotations: list[dict[str, Any]], images: dict[Any, Any], name: str
+) -> list[dict[str, Any]]:
+    kept = [a for a in annotations if a.get("image_id") in images]
+    if len(kept) < len(annotations):
+        logger.warning(
+            "%s: %d annotations are of images that the file does not have: they are left out",
+            name,
+            len(annotations) - len(kept),
+        )
+    return kept
+
+
+def _classes(
+    annotations: list[dict[str, Any]], categories: dict[Any, Any], name: str
+) -> np.ndarray:
     try:
-        return np.array([place[i] for i in ids], np.int64)
+        return _places((a.get("category_id") for a in annotations), categories)
     except (KeyError, TypeError) as error:
         raise ConfigError(
-            f"{name}: an annotation is of the {what} {error.args[0]!r:.80}, which the file does "
-            "not have: `retina doctor` names all"
+            f"{name}: an annotation is of the class {error.args[0]!r:.80}, which the file does not "
+            "have: `retina doctor` names all"
         ) from None
+
+
+def _places(ids: Iterable[Any], known: dict[Any, Any]) -> np.ndarray:
+    place = {i: k for k, i in enumerate(known)}
+    return np.array([place[i] for i in ids], np.int64)
+
+
+def _areas(annotations: list[dict[str, Any]], name: str) -> np.ndarray:
+    for i, annotation in enumerate(annotations, start=1):
+        area = annotation["area"]
+        known = isinstance(area, (int, float)) and not isinstance(area, bool)
+        if not known or not 0 <= area < math.inf:
+            raise ConfigError(
+                f"annotation {i} of {name} has the area {area!r:.80}: give square pixels, or leave "
+                "it out for that of the box"
+            )
+    return np.array([a["area"] for a in annotations], np.float64)

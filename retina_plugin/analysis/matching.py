@@ -29,11 +29,16 @@ class Evaluation:
             there are no objects. Sizes are all, small, medium, large.
         recall: (10, K, 4) the highest recall.
         right: (N,) 1 for a detection that is right at :data:`IOU`, 0 for one that is wrong, -1 for
-            one that does not count: on a crowd, or not among the 100 best of its image and class.
+            one that does not count: on a crowd, or beyond ``limit``.
         missed: (G,) whether an object has no detection of its class at :data:`IOU`. Never a crowd.
+
+    Args:
+        truth: the objects.
+        found: the detections.
+        limit: only so many of an image and class count, the best ones. 100 is COCO's number.
     """
 
-    def __init__(self, truth: GroundTruth, found: Found) -> None:
+    def __init__(self, truth: GroundTruth, found: Found, limit: int = 100) -> None:
         hotcoco = optional("hotcoco", "retina report")
         objects = hotcoco.COCO.from_arrays(
             [{"id": i + 1} for i in range(len(truth.image_ids))],
@@ -46,6 +51,7 @@ class Evaluation:
         )
         rows = np.column_stack([found.images + 1, found.boxes, found.scores, found.classes + 1])
         self.coco = hotcoco.COCOeval(objects, objects.load_res(rows.astype(np.float64)), "bbox")
+        self.coco.params.max_dets = [1, 10, limit]
         self.coco.evaluate()
         self.coco.accumulate()
         self.precision: np.ndarray = self.coco.eval["precision"][..., -1]

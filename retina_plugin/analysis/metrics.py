@@ -41,9 +41,9 @@ def analyze(
         print(analysis.metrics["AP"], analysis.classes[3].best.score)
         write_report(analysis, "out")
 
-    AP counts every detection. Mistakes are counted among the detections from a score threshold on:
-    that of the best F1 of each class, or ``score``. Right is an IoU of .5 or more with an object of
-    the same class.
+    AP, TIDE's errors and calibration count the 100 best detections of an image and class, as COCO
+    does. Mistakes are counted among all detections from a score threshold on: that of the best F1
+    of each class, or ``score``. Right is an IoU of .5 or more with an object of the same class.
 
     Args:
         truth: a registered dataset, or what :meth:`.GroundTruth.from_coco` makes of an annotation
@@ -88,8 +88,11 @@ def analyze(
         right=sum(image.right for image in at.images),
         wrong=sum(image.wrong for image in at.images),
         missed=sum(image.missed for image in at.images),
-        curves=_curves(truth, found, evaluation),
-        confusion=at.evaluation.coco.confusion_matrix(IOU)["matrix"],
+        curves=_curves(truth, found, evaluation, at.right),
+        # hotcoco's limit is here one of an image, over all classes
+        confusion=at.evaluation.coco.confusion_matrix(
+            IOU, max_det=max(1, _most_in_an_image(at.shown.found))
+        )["matrix"],
         errors=sorted(
             (
                 ErrorType(name, count, 100 * tide["delta_ap"][name])
@@ -113,6 +116,7 @@ class AtThresholds:
     """Detections that are shown to a user: those from the threshold of their class on.
 
     Attributes:
+        right: (N,) of every detection, as :class:`.Evaluation` has it.
         best: (K,) the best threshold of each class.
         overall: the best one for all classes together.
         thresholds: (K,) the ones in use.
@@ -124,13 +128,17 @@ class AtThresholds:
     def __init__(
         self, truth: GroundTruth, found: Found, evaluation: Evaluation, score: float | None
     ) -> None:
-        counts = evaluation.right >= 0
+        most = _most_in_an_image(found)
+        if most > 100:  # an image may show more than COCO counts
+            evaluation = Evaluation(truth, found, most)
+        self.right = evaluation.right
+        counts = self.right >= 0
         objects = _objects_by_class(truth)
         self.overall = best_threshold(
-            found.scores[counts], evaluation.right[counts] == 1, int(objects.sum())
+            found.scores[counts], self.right[counts] == 1, int(objects.sum())
         )
         self.best = [
-            best_threshold(found.scores[own], evaluation.right[own] == 1, int(objects[k]))
+            best_threshold(found.scores[own], self.right[own] == 1, int(objects[k]))
             for k, own in enumerate(_by_class(truth, found, counts))
         ]
         if score is None:
@@ -142,7 +150,7 @@ class AtThresholds:
         else:
             self.thresholds = np.full(len(objects), score)
         kept = found[counts & (found.scores >= self.thresholds[found.classes])]
-        self.evaluation = Evaluation(truth, kept)
+        self.evaluation = Evaluation(truth, kept, max(most, 100))
         right, missed = self.evaluation.right == 1, self.evaluation.missed
         self.shown = Shown(kept, right, missed)
         columns = (truth.images[~truth.crowds], kept.images[right], kept.images[~right])
@@ -153,6 +161,10 @@ class AtThresholds:
         self.images = [
             ImageResult(name, *numbers) for name, *numbers in zip(truth.file_names, *counts_I)
         ]
+
+
+def _most_in_an_image(found: Found) -> int:
+    return int(np.bincount(found.images).max(initial=0))
 
 
 def _objects_by_class(truth: GroundTruth) -> np.ndarray:
@@ -199,16 +211,16 @@ def _classes(
     ]
 
 
-def _curves(truth: GroundTruth, found: Found, evaluation: Evaluation) -> Curves:
+def _curves(truth: GroundTruth, found: Found, evaluation: Evaluation, right: np.ndarray) -> Curves:
     places = list(_CURVE_IOUS.values())
     all_sizes = np.where(evaluation.precision[..., 0] < 0, np.nan, evaluation.precision[..., 0])
     of_class = all_sizes.transpose(2, 0, 1)  # (K, 10, 101)
     has_objects = ~np.isnan(of_class[:, 0, 0])
     mean = of_class[has_objects].mean(axis=0) if has_objects.any() else of_class[0]
-    counts = evaluation.right >= 0
+    counts = right >= 0
     objects = _objects_by_class(truth)
     class_sweep = [
-        sweep(found.scores[own], evaluation.right[own] == 1, int(objects[k]))
+        sweep(found.scores[own], right[own] == 1, int(objects[k]))
         for k, own in enumerate(_by_class(truth, found, counts))
     ]
     return Curves(
@@ -217,8 +229,6 @@ def _curves(truth: GroundTruth, found: Found, evaluation: Evaluation) -> Curves:
         precision=of_class[:, places],
         ap_by_iou=100 * mean.mean(axis=1),
         class_ap_by_iou=100 * of_class.mean(axis=2),
-        sweep=np.array(
-            sweep(found.scores[counts], evaluation.right[counts] == 1, int(objects.sum()))
-        ),
+        sweep=np.array(sweep(found.scores[counts], right[counts] == 1, int(objects.sum()))),
         class_sweep=np.array(class_sweep),
     )

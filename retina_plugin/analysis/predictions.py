@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from retina_plugin.errors import ConfigError, did_you_mean
 from .ground_truth import GroundTruth, as_boxes
 
 __all__ = ["Found", "read_predictions"]
+
+logger = logging.getLogger("retina_plugin")
+
+_LOW = 0.1  # evaluations keep detections from .05 on
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +67,13 @@ def read_predictions(
     entries = _checked(source, where)
     classes = _classes(entries, truth, where)
     scores = _scores(entries, where)
+    if len(scores) and scores.min() > _LOW:
+        logger.warning(
+            "%s: no score is below %.2f. If they were cut there, AP is too low and misses are too "
+            "many: take those of an evaluation, or of `retina predict --score 0.05`",
+            where,
+            scores.min(),
+        )
     boxes = as_boxes([e["bbox"] for e in entries], f"{where}: detection {{}}")
     return Found(_images(entries, truth, where), classes, boxes, scores)
 
@@ -136,7 +148,10 @@ def _images(entries: list[dict[str, Any]], truth: GroundTruth, where: str) -> np
 
 
 def _match_files(files: set[str], truth: GroundTruth) -> dict[Any, int]:
-    """The image of each file that the dataset has: by its path, the end of it, or its name."""
+    """The image of each file that the dataset has: by its path, the end of it, or its name.
+
+    A name alone may be that of another image, so a warning says so.
+    """
     whole = {os.path.realpath(truth.path(i)): i for i in range(len(truth.image_ids))}
     relative = {os.path.normpath(name): i for i, name in enumerate(truth.file_names) if name}
     last: dict[str, int | None] = {}
@@ -144,16 +159,25 @@ def _match_files(files: set[str], truth: GroundTruth) -> dict[Any, int]:
         base = os.path.basename(name)
         last[base] = None if base in last else i  # two images have the name
     found: dict[Any, int] = {}
-    for file in files:
-        parts = PurePath(os.path.normpath(file)).parts
-        ends = (os.path.join(*parts[k:]) for k in range(len(parts)))
+    by_name = []
+    for file in sorted(files):
+        *folders, base = PurePath(os.path.normpath(file)).parts or ("",)
+        ends = (os.path.join(*folders[k:], base) for k in range(len(folders)))
         image = whole.get(os.path.realpath(file))
         if image is None:
             image = next((relative[end] for end in ends if end in relative), None)
         if image is None:
-            image = last.get(parts[-1]) if parts else None
+            image = relative.get(base, last.get(base))
+            by_name += [(file, truth.file_names[image])] if image is not None else []
         if image is not None:
             found[file] = image
+    if by_name:
+        logger.warning(
+            "%d files are taken for images of %s by their name alone, such as %s for %s",
+            len(by_name),
+            truth.name,
+            *by_name[0],
+        )
     return found
 
 

@@ -40,7 +40,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--predictions",
         metavar="FILE",
-        help="coco_instances_results.json of an evaluation, or predictions.json of retina predict",
+        help="coco_instances_results.json of an evaluation, or predictions.json of `retina predict "
+        "--score 0.05` (AP needs the detections of low score too)",
     )
     parser.add_argument(
         "--against", metavar="FILE", help="predictions of another model, to compare with"
@@ -91,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     shown = [f"{k} {metrics[k]:.1f}" for k in ("AP", "AP50", "AP75") if metrics[k] is not None]
     print(f"{dataset}: {', '.join(shown) or 'no AP, because there are no objects'}")
     if analysis.comparison is not None:
-        ap = analysis.comparison.metrics["AP"]
-        difference, lower, upper = ap["difference"], ap["lower"], ap["upper"]
+        ap = analysis.comparison.metrics.get("AP", {})  # none without objects
+        difference, lower, upper = (ap.get(key) for key in ("difference", "lower", "upper"))
         if difference is not None and lower is not None and upper is not None:
             print(f"Against     AP {difference:+.1f} (95 % interval {lower:+.1f} to {upper:+.1f})")
     print(f"Page        {page}")

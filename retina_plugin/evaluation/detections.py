@@ -83,6 +83,6 @@ def fill_in(coco: dict[str, Any]) -> None:
     """
     for annotation in coco.get("annotations", []):
         annotation.setdefault("iscrowd", 0)
-        if "area" not in annotation and "bbox" in annotation:
+        if annotation.get("area") is None and "bbox" in annotation:
             _, _, width, height = annotation["bbox"]
             annotation["area"] = width * height

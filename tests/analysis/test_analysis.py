@@ -1,6 +1,7 @@
 """The numbers of a report, against pycocotools and short computations of their own."""
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -180,6 +181,75 @@ def test_odd_sets(case):
     analysis = analyze(GroundTruth.from_coco(coco, "test"), results)
     json.loads(analysis.to_json())
     assert (analysis.metrics["AP"] is None) == (case == "no objects")
+
+
+def crowded(classes, objects=150):
+    """One image with more objects than COCO counts, all of them found."""
+    coco = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 2000, "height": 2000}],
+        "categories": [{"id": k + 1, "name": str(k)} for k in range(classes)],
+    }
+    boxes = [[i % 15 * 100.0, i // 15 * 100.0, 60.0, 60.0] for i in range(objects)]
+    entries = [
+        {"image_id": 1, "category_id": i % classes + 1, "bbox": b} for i, b in enumerate(boxes)
+    ]
+    coco["annotations"] = [{**e, "id": i + 1} for i, e in enumerate(entries)]
+    return coco, [{**e, "score": 0.9 - 0.001 * i} for i, e in enumerate(entries)]
+
+
+def test_more_than_100_objects_in_an_image_are_all_counted():
+    """AP counts the 100 best of a class, as COCO does; the rest counts what a user sees."""
+    coco, results = crowded(classes=5)
+    analysis = analyze(GroundTruth.from_coco(coco, "test"), results)
+    assert analysis.metrics["AP"] == pytest.approx(100)
+    assert (np.diag(analysis.confusion) == [30] * 5 + [0]).all() and analysis.confusion.sum() == 150
+    coco, results = crowded(classes=1)
+    analysis = analyze(GroundTruth.from_coco(coco, "test"), results)
+    assert analysis.metrics["AR100"] == pytest.approx(100 * 100 / 150)
+    assert (analysis.right, analysis.wrong, analysis.missed) == (150, 0, 0)
+    assert analysis.classes[0].best.f1 == 1 and not analysis.cases["miss"]
+    _, recall, _ = analysis.curves.sweep
+    assert recall.max() == 1
+
+
+def test_annotations_of_unknown_images_are_left_out(results, caplog):
+    """Detectron2, pycocotools and the doctor's warning say the same."""
+    coco = dataset()
+    expected = analyze(GroundTruth.from_coco(copy.deepcopy(coco), "test"), results).metrics
+    coco["annotations"] += [{**coco["annotations"][0], "id": 999, "image_id": 77}, None]
+    with caplog.at_level("WARNING"):
+        truth = GroundTruth.from_coco(coco, "test")
+    assert "1 annotations are of images that the file does not have" in caplog.text
+    assert analyze(truth, results).metrics == expected
+
+
+def test_area_null_is_that_of_the_box_and_text_is_one_line(results):
+    coco = dataset()
+    for annotation in coco["annotations"]:
+        annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+    expected = analyze(GroundTruth.from_coco(copy.deepcopy(coco), "test"), results).metrics
+    for annotation in coco["annotations"]:
+        annotation["area"] = None
+    assert analyze(GroundTruth.from_coco(copy.deepcopy(coco), "test"), results).metrics == expected
+    coco["annotations"][1]["area"] = "big"
+    with pytest.raises(ConfigError, match="annotation 2 of test has the area 'big'"):
+        GroundTruth.from_coco(coco, "test")
+
+
+def test_detections_that_were_cut_are_named(truth, results, caplog):
+    """AP of what `retina predict` shows is lower than the model's."""
+    low = [{**results[0], "score": 0.05}, *results]
+    analyze(truth, low)
+    assert "no score is below" not in caplog.text
+    analyze(truth, [r for r in results if r["score"] >= 0.3])
+    assert "the predictions: no score is below 0.3" in caplog.text
+
+
+def test_files_that_are_known_by_their_name_alone_are_named(truth, results, caplog):
+    cut = [r for r in results if r["image_id"] < 3]
+    analyze(truth, [{**r, "file_name": f"/elsewhere/{r['image_id']}.png"} for r in cut])
+    assert "2 files are taken for images of test by their name alone, such as" in caplog.text
+    assert "/elsewhere/1.png for 1.png" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,22 @@ def test_of_a_model_and_of_its_predictions(weights, capsys):
     assert Path("again", "report.html").is_file()
 
 
+def test_models_on_a_set_without_objects_have_no_difference(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 9, "height": 9}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [None],
+    }
+    Path("none.json").write_text(json.dumps(content))
+    found = [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 3], "score": 0.05}]
+    Path("found.json").write_text(json.dumps(found))
+    words = ["report", "--dataset", "coco:none.json", "--predictions", "found.json"]
+    retina([*words, "--against", "found.json", "--output", "out"])
+    printed = capsys.readouterr().out
+    assert "no AP, because there are no objects" in printed and "Against" not in printed
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
