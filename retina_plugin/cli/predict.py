@@ -203,23 +203,21 @@ class _Run:
     def _write_video(self, predictor: RetinaPredictor, source: str | int) -> int:
         name = source if isinstance(source, str) else f"webcam_{source}"
         number = 0
-        writer = None
         try:
             video = open_webcam(source) if isinstance(source, int) else read_video(source)
-            if self.draws:
-                path = self.output / "videos" / self._video_names.video(name)
-                writer = VideoWriter(path, video.rate)
-            found = predictor.run(video.frames(), self.failed)
-            for frame, detections in self._progress(found, video.count, Path(name).name):
-                number += len(detections)
-                self._record(frame, detections, name)
-                if writer is not None:
-                    writer.write(detections.draw(frame.pixels), frame.seconds)
+            with contextlib.ExitStack() as stack:
+                writer = None
+                if self.draws:
+                    path = self.output / "videos" / self._video_names.video(name)
+                    writer = stack.enter_context(VideoWriter(path, video.rate))
+                found = predictor.run(video.frames(), self.failed)
+                for frame, detections in self._progress(found, video.count, Path(name).name):
+                    number += len(detections)
+                    self._record(frame, detections, name)
+                    if writer is not None:
+                        writer.write(detections.draw(frame.pixels), frame.seconds)
         except ConfigError as error:  # the frames before the damage are written
             self.failed(source, error)
-        finally:
-            if writer is not None:
-                writer.close()
         return number
 
 

@@ -20,7 +20,10 @@ __all__ = ["Frame", "OnError", "describe", "find_inputs", "is_video", "list_fold
 # What to do with a source that cannot be used: it is called with the source and the error.
 OnError = Callable[[Any, Exception], None]
 
-_VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv"}
+_VIDEOS = {
+    *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv"),
+    *(".ts", ".mts", ".m2ts", ".3gp"),  # of cameras and phones
+}
 
 
 @dataclass(frozen=True, eq=False)

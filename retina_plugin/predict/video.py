@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from retina_plugin.data.images import BadImageError
+from retina_plugin.errors import ConfigError
 
 from .sources import Frame
 
@@ -50,6 +51,12 @@ def pyav() -> ModuleType | None:
     return av
 
 
+def _errors() -> tuple[type[Exception], ...]:
+    """What reading and writing raise: not each of FFmpeg's errors is an OSError or a ValueError."""
+    av = pyav()
+    return (OSError, ValueError) if av is None else (OSError, ValueError, av.error.FFmpegError)
+
+
 def read_video(path: str) -> Video:
     """Open a video file.
 
@@ -62,14 +69,18 @@ def read_video(path: str) -> Video:
     try:
         container = av.open(path)
         stream = next(iter(container.streams.video), None)
-    except (OSError, ValueError) as error:  # av.error.FFmpegError is one of them
+        if stream is not None and stream.codec_context is not None:
+            stream.thread_type = "AUTO"
+            rate = Fraction(stream.average_rate or stream.guessed_rate or _DEFAULT_RATE)
+            return Video(rate, stream.frames or None, _decode(path, container, stream))
+    except _errors() as error:
         raise BadImageError(f"cannot read the video {path} ({_reason(error)})") from None
+    container.close()
     if stream is None:
-        container.close()
         raise BadImageError(f"the video {path} has no pictures")
-    stream.thread_type = "AUTO"
-    rate = stream.average_rate or stream.guessed_rate or _DEFAULT_RATE
-    return Video(Fraction(rate), stream.frames or None, _decode(path, container, stream))
+    raise BadImageError(
+        f"PyAV has no decoder for the video {path}: convert it, for example to H.264"
+    )
 
 
 def _decode(path: str, container: Any, stream: Any) -> Iterator[Frame]:
@@ -83,7 +94,7 @@ def _decode(path: str, container: Any, stream: Any) -> Iterator[Frame]:
                 pixels = np.rot90(frame.to_ndarray(format="bgr24"), round(frame.rotation / 90))
             except StopIteration:
                 break
-            except (OSError, ValueError) as error:
+            except _errors() as error:
                 raise BadImageError(
                     f"the video {path} is damaged after {number} frames ({_reason(error)})"
                 ) from None
@@ -164,7 +175,15 @@ class VideoWriter:
         Args:
             seconds: when it is shown; None: one frame's time after the last one. OpenCV's files
                 have a constant rate.
+
+        Raises:
+            ConfigError: the encoder cannot do it. There is no file then.
+            OSError: the folder or the disk cannot be written to.
         """
+        with self._given_up_on_errors():
+            self._write(frame, seconds)
+
+    def _write(self, frame: np.ndarray, seconds: float | None) -> None:
         if self._size is None:
             self._size = frame.shape[:2]
             self._open(frame.shape[0] + frame.shape[0] % 2, frame.shape[1] + frame.shape[1] % 2)
@@ -198,7 +217,7 @@ class VideoWriter:
                 str(self._partial), fourcc, float(self.rate), (width, height)
             )
             if not self._container.isOpened():
-                raise OSError(f"OpenCV cannot write {self.path}: install the extra video (PyAV)")
+                raise ValueError("OpenCV cannot encode it: install the extra video (PyAV)")
             return
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         self._container = av.open(str(self._partial), "w", format="mp4")
@@ -212,19 +231,35 @@ class VideoWriter:
         self._stream.codec_context.max_b_frames = 0
 
     def close(self) -> None:
-        """Finish the file. Without frames there is none."""
+        """Finish the file. Without frames there is none.
+
+        Raises: see :meth:`write`.
+        """
         if self._container is None:
             return
-        container, self._container = self._container, None
-        if self._stream is None:
-            container.release()
-        else:
-            container.mux(self._stream.encode())
-            container.close()
-        self._partial.replace(self.path)
+        with self._given_up_on_errors():
+            if self._stream is None:
+                self._container.release()
+            else:
+                self._container.mux(self._stream.encode())
+                self._container.close()
+            self._partial.replace(self.path)
+        self._container = None
 
-    def discard(self) -> None:
-        """Close without a file."""
-        with contextlib.suppress(OSError, ValueError):
-            self.close()
-        self.path.unlink(missing_ok=True)
+    @contextlib.contextmanager
+    def _given_up_on_errors(self) -> Iterator[None]:
+        """After an error there is no file. The encoder's errors become a line that names it."""
+        try:
+            yield
+        except _errors() as error:
+            self._give_up()
+            if isinstance(error, OSError):
+                raise
+            raise ConfigError(f"cannot write the video {self.path} ({_reason(error)})") from None
+
+    def _give_up(self) -> None:
+        container, self._container = self._container, None
+        if container is not None:
+            with contextlib.suppress(*_errors()):
+                (container.close if self._stream is not None else container.release)()
+        self._partial.unlink(missing_ok=True)

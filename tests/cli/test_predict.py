@@ -145,6 +145,33 @@ def test_damaged_video_and_missing_webcam_are_left_out(retina, tmp_path, capfd):
     assert "bad.mp4" in said and "webcam 97" in said and len(results()) > 0
 
 
+def test_video_without_decoder_is_left_out(retina, capfd):
+    pytest.importorskip("av")
+    write_video(Path("good.mp4"))
+    data = Path("good.mp4").read_bytes()
+    Path("codec.mp4").write_bytes(data.replace(b"avc1", b"zzz1").replace(b"mp4v", b"zzz1"))
+    assert retina("codec.mp4", "good.mp4") == 1
+    assert "left out: PyAV has no decoder for the video codec.mp4" in capfd.readouterr().err
+    assert {x["file_name"] for x in results()} == {"good.mp4"}
+    assert os.listdir("out/videos") == ["good.mp4"]
+
+
+def test_video_that_cannot_be_encoded_is_left_out(tmp_path, monkeypatch, capfd):
+    """H.264 has no frames of this width."""
+    av = pytest.importorskip("av")
+    if "libx264" not in av.codecs_available:
+        pytest.skip("PyAV without libx264")
+    monkeypatch.chdir(tmp_path)
+    frames = [videos.Frame(noise(16, 16_400), "wide.avi", 0, 0.0)]
+    opened = videos.Video(Fraction(10), 1, iter(frames))
+    monkeypatch.setattr("retina_plugin.cli.predict.read_video", lambda path: opened)
+    run = _Run(argument_parser().parse_args(["x", "--output", "out"]))
+    run(Fake(size=(16, 16_400)), ["wide.avi"])
+    assert run.failures == 1
+    assert "left out: wide.avi: cannot write the video out/videos/wide" in capfd.readouterr().err
+    assert os.listdir("out/videos") == [] and len(results()) == 3
+
+
 def test_image_that_cannot_be_drawn_is_named_and_the_run_goes_on(retina, capfd):
     """The path of the first drawing is too long for the system. Its detections are written."""
     output = "/".join(["d" * 200] * 18 + ["e" * 230])
@@ -206,15 +233,15 @@ def test_overrides_and_classes(retina):
 class Fake:
     """A predictor that finds the same in every frame of an endless or long source."""
 
-    def __init__(self, number=None, at=None):
-        self.number, self.at = number, at
+    def __init__(self, number=None, at=None, size=(64, 64)):
+        self.number, self.at, self.size = number, at, size
 
     def run(self, frames, on_error):
         boxes, scores = np.ones((3, 4), np.float32), np.ones(3, np.float32)
         for i, frame in enumerate(frames):
             if self.at is not None and i == self.at:
                 os.kill(os.getpid(), signal.SIGINT)
-            yield frame, Predictions(boxes, scores, np.zeros(3, int), (64, 64), ("a",))
+            yield frame, Predictions(boxes, scores, np.zeros(3, int), self.size, ("a",))
 
 
 def test_interrupted_run_leaves_whole_files(tmp_path, monkeypatch):

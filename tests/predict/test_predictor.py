@@ -15,6 +15,7 @@ from PIL import Image
 from retina_plugin.data.images import BadImageError, image_to_tensor
 from retina_plugin.errors import ConfigError
 from retina_plugin.predict import Predictions, RetinaPredictor
+from retina_plugin.predict.sources import is_video, list_folder
 
 
 def noise(height, width, seed=0):
@@ -120,6 +121,14 @@ def test_list_folder_and_iterator(load, tmp_path):
     found = predictor(tmp_path / "in")
     assert iter(found) is found
     assert [x.path.rpartition("/")[2] for x in found] == ["a.png", "b.png", "c.JPG"]
+
+
+@pytest.mark.parametrize("name", ["00001.MTS", "a.m2ts", "a.ts", "a.3gp", "a.ogv", "a.mp4"])
+def test_videos_of_a_folder(tmp_path, name):
+    (tmp_path / name).touch()
+    assert is_video(name)
+    assert list_folder(tmp_path, videos=True) == [str(tmp_path / name)]
+    assert list_folder(tmp_path) == []
 
 
 def test_iterator_reads_only_a_little_ahead(load):
