@@ -67,11 +67,15 @@ retina check model_int8.onnx {demo} --limit 100 --output check.json
 - The export prints the AP that is lost on `DATASETS.TEST`, and `retina check` measures it for any
   file: AP and time of the file and of the model side by side. `--dataset` names another dataset,
   `--limit` takes the first images only, `--output` writes JSON.
+- What is compared with the model is the float32 file that is quantized. `model_int8.onnx.parity.json`
+  says so, and has the AP too. A quantized file of the stages `boxes` and `head` is not compared.
 
 ## Without PyTorch
 
 `standalone.py` is written beside an ONNX file. It needs NumPy, Pillow and onnxruntime, and reads
-sizes, class names and thresholds from the file:
+sizes, class names and thresholds from the file. It prepares images as `FastMapper` and
+`DatasetMapper` do: a file of an `INPUT.MAPPER` that does it in another way is refused, here and on
+the page. A copy that you edited is kept, unless `--overwrite` is given.
 
 ```sh
 python standalone.py model.onnx street.jpg --score 0.5 --json found.json --draw drawn

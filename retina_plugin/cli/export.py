@@ -7,11 +7,12 @@ import os
 import shlex
 
 from retina_plugin.deploy import STAGES, SUFFIXES, export_model
-from retina_plugin.deploy.page import check_page, write_page
+from retina_plugin.deploy.page import check_page, check_page_config, write_page
 from retina_plugin.deploy.quantize import METHODS
 from retina_plugin.deploy.runtime import format_of
 from retina_plugin.engine.console import console
 from retina_plugin.errors import ConfigError
+from retina_plugin.predict.loading import prediction_cfg
 
 from .model import add_model_arguments, check_model_arguments, config_and_weights
 
@@ -97,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--page-second and --onnxruntime-web are for --page DIR")
     with console(0):
         config, weights = config_and_weights(args)
+        if args.page is not None:
+            check_page_config(prediction_cfg(config, weights, device="cpu", opts=args.opts))
         export_model(
             config,
             weights,

@@ -72,7 +72,7 @@ def export_model(
 
     The report of the comparison is written beside the file, see :func:`report_path`. If the file is
     not equal there is the report only. Beside an .onnx of the stage nms there is ``standalone.py``,
-    which detects with it without PyTorch.
+    which detects with it without PyTorch, unless a mapper of the user's prepares the images.
 
     Args:
         config, weights, opts: see :meth:`.RetinaPredictor.load`.
@@ -82,7 +82,8 @@ def export_model(
         quantize: "int8" or "fp16", see :func:`.quantize.quantize`; None: float32. The float32 file
             is compared first; of the quantized one the AP is, on ``DATASETS.TEST``.
         calibration: files, folders or datasets for "int8"; none: ``DATASETS.TRAIN``.
-        overwrite: whether a file that is there is replaced.
+        overwrite: whether a file that is there is replaced. A ``standalone.py`` that was edited is
+            kept without it.
 
     Raises:
         ConfigError: the model cannot be exported; the file is not equal to it; the file is there
@@ -104,23 +105,37 @@ def export_model(
         if quantize == "int8":
             shown = CalibrationImages(cfg, list(calibration) or cfg.DATASETS.TRAIN)
     logger.info("%-11s %s, stage %s", "Export", kind, stage)
+    if metadata.resampler == "custom":
+        logger.warning(
+            "INPUT.MAPPER %s prepares images in its own way: a program that runs the file has to "
+            "do so too, and standalone.py and a page refuse it",
+            cfg.INPUT.MAPPER,
+        )
     try:
         with atomic_files(output) as temporary:
             exact = temporary
             if quantize is not None:
                 exact = temporary.with_name(f"float32{output.suffix}")
             write_exported(DenseModel(model, stage).eval(), metadata, exact)
-            parity = _check(exact, model, metadata, pixels, output)
+            if quantize is not None:
+                logger.info("%-11s the float32 file, before it is quantized", "Compare")
+            parity = _check(exact, model, metadata, pixels, output, quantize)
             if quantize is not None:
                 logger.info("%-11s %s", "Quantize", quantize)
                 metadata = write_quantized(exact, temporary, quantize, shown)
-        if kind == "onnx" and stage == "nms":
-            _copy_standalone(output.parent)
+        if kind == "onnx" and stage == "nms" and metadata.resampler != "custom":
+            _copy_standalone(output.parent, overwrite)
     except OSError as error:
         raise ConfigError(f"cannot write {output}: {error.strerror or error}") from None
     loss = None
     if quantize is not None and stage == "nms":
         loss = _ap_loss(output, cfg, model)
+        _write_report(output, parity, quantize, loss)
+    elif quantize is not None:
+        logger.warning(
+            "the %s file was not compared with the model: in the stage %s it has no AP",
+            *(quantize, stage),
+        )
     return ExportResult(output, metadata, parity, loss)
 
 
@@ -143,7 +158,11 @@ def _ap_loss(output: Path, cfg: CfgNode, model: FocalRetinaNet) -> ApComparison 
 
 
 def report_path(output: str | os.PathLike) -> Path:
-    """Where the comparison of a file is written: ``model.onnx`` -> ``model.onnx.parity.json``."""
+    """Where the comparison of a file is written: ``model.onnx`` -> ``model.onnx.parity.json``.
+
+    ``batches`` are those of ``compared``, which is always the float32 file: of a file that was
+    ``quantized`` from it there is the ``ap``, or null if none was measured.
+    """
     return Path(f"{os.fspath(output)}.parity.json")
 
 
@@ -158,19 +177,49 @@ def _check_output(output: Path, overwrite: bool) -> None:
             raise ConfigError(f"{file} is there already: --overwrite replaces it")
 
 
-def _copy_standalone(folder: Path) -> None:
-    """Put the predictor that needs no PyTorch beside the model; keep a file that is another's."""
-    ours = Path(standalone.__file__).read_text()
+def _copy_standalone(folder: Path, overwrite: bool) -> None:
+    """Put the predictor that needs no PyTorch beside the model; keep a file that is the user's."""
+    ours = Path(standalone.__file__).read_text(encoding="utf-8")
     copy = folder / "standalone.py"
-    if copy.exists() and not copy.read_text(errors="replace").startswith(ours[:80]):
+    theirs = copy.read_text(encoding="utf-8", errors="replace") if copy.exists() else ours
+    if not theirs.startswith(ours[:80]):
         logger.warning("%s is another program: retina_plugin's is not copied there", copy)
         return
+    if theirs != ours and not overwrite:
+        logger.warning("%s was edited, or is of another version: --overwrite replaces it", copy)
+        return
     with atomic_write(copy) as temporary:
-        temporary.write_text(ours)
+        temporary.write_text(ours, encoding="utf-8")
+
+
+def _write_report(
+    output: Path, parity: Sequence[Parity], quantize: str | None, ap: ApComparison | None = None
+) -> None:
+    """
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    content = {
+        "compared": "float32",
+        "quantized": quantize or "",
+        "batches": [x.to_dict() for x in parity],
+        "ap": None if ap is None else ap.to_dict(),
+    }
+    path = report_path(output)
+    try:
+        with atomic_write(path) as report:
+            report.write_text(json.dumps(content, indent=1))
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _check(
-    file: Path, model: FocalRetinaNet, metadata: Metadata, images: Sequence, output: Path
+    file: Path,
+    model: FocalRetinaNet,
+    metadata: Metadata,
+    images: Sequence,
+    output: Path,
+    quantize: str | None,
 ) -> list[Parity]:
     """Compare and report.
 
@@ -182,8 +231,7 @@ def _check(
     parity = compare(exported, model, metadata, images, sizes=sizes)
     for line in table(parity).splitlines():
         logger.info(line)
-    with atomic_write(report_path(output)) as report:
-        report.write_text(json.dumps([x.to_dict() for x in parity], indent=1))
+    _write_report(output, parity, quantize)
     if metadata.stage == "nms" and not sum(x.detections for x in parity):
         logger.warning(
             "no detection above MODEL.RETINANET.SCORE_THRESH_TEST %g in %d images: only that the "

@@ -8,19 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
 from retina_plugin import __version__
+from retina_plugin.data import DATASET_MAPPER_REGISTRY
 from retina_plugin.errors import ConfigError
 
-__all__ = ["METADATA_KEY", "Metadata", "describe_model"]
+__all__ = ["METADATA_KEY", "Metadata", "describe_model", "resampler_of"]
 
 # Of ONNX's custom metadata, of OpenVINO's rt_info and, with ".json", of a pt2 file's extra files.
 METADATA_KEY = "retina_plugin"
 
 _VERSION = 1
+
+_RESAMPLERS = {"FastMapper": "torch", "DatasetMapper": "pillow"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Metadata:
         resize: "detectron2" or "torchvision", see ``INPUT.RESIZE``.
         resampler: what resizes with "detectron2": "torch" (``FastMapper``) or "pillow"
             (``DatasetMapper``). Their pixels differ by 1 or 2 here and there, and so do scores.
+            "custom": another ``INPUT.MAPPER`` prepares images in a way that only it knows.
         boxes_outside: "drop", "keep" or "clip", see ``MODEL.RETINANET.BOXES_OUTSIDE_TEST``.
         class_names: of the K classes.
         category_ids: the dataset's ids of the classes; None: not known.
@@ -119,7 +124,7 @@ def describe_model(
         min_size=cfg.INPUT.MIN_SIZE_TEST,
         max_size=cfg.INPUT.MAX_SIZE_TEST,
         resize=cfg.INPUT.RESIZE,
-        resampler="pillow" if cfg.INPUT.MAPPER == "DatasetMapper" else "torch",
+        resampler=resampler_of(cfg),
         boxes_outside=retinanet.BOXES_OUTSIDE_TEST,
         class_names=tuple(class_names),
         category_ids=None if category_ids is None else tuple(category_ids),
@@ -132,6 +137,31 @@ def describe_model(
         weights_digest=weights_digest(state),
         made_by=f"retina_plugin {__version__}, torch {torch.__version__}",
     )
+
+
+def resampler_of(cfg: CfgNode) -> str:
+    """What resizes the images of a config, see :class:`Metadata`.
+
+    A mapper of the user's that differs in training only prepares noise as one of ours does.
+    """
+    name = cfg.INPUT.MAPPER
+    if name in _RESAMPLERS:
+        return _RESAMPLERS[name]
+    theirs = _prepared_noise(cfg, name)
+    for mapper, resampler in _RESAMPLERS.items():
+        ours = _prepared_noise(cfg, mapper)
+        if theirs is not None and ours is not None and torch.equal(theirs, ours):
+            return resampler
+    return "custom"
+
+
+def _prepared_noise(cfg: CfgNode, mapper: str) -> Tensor | None:
+    """What a mapper makes of noise; None if it prepares no images without a record."""
+    prepare = getattr(
+        DATASET_MAPPER_REGISTRY.build_named(mapper, cfg, False), "prepare_image", None
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (61, 47, 3), np.uint8)
+    return None if prepare is None else prepare(noise).float()
 
 
 def config_digest(cfg: CfgNode) -> str:

@@ -14,12 +14,21 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from detectron2.config import CfgNode
+
 from retina_plugin.cache import atomic_write, cache_root
 from retina_plugin.errors import ConfigError
 
+from .metadata import resampler_of
 from .runtime import load_exported
 
-__all__ = ["ONNXRUNTIME_WEB", "check_page", "fetch_onnxruntime_web", "write_page"]
+__all__ = [
+    "ONNXRUNTIME_WEB",
+    "check_page",
+    "check_page_config",
+    "fetch_onnxruntime_web",
+    "write_page",
+]
 
 # The version that the page was tested with, and the SHA-512 that npm's registry has of its file.
 ONNXRUNTIME_WEB = "1.30.0"
@@ -32,6 +41,11 @@ _RUNTIME_FILES = (
     "ort.wasm.min.mjs",
     "ort-wasm-simd-threaded.mjs",
     "ort-wasm-simd-threaded.wasm",
+)
+
+_OWN_WAY = (
+    "that prepares images in its own way, which a page cannot: set INPUT.MAPPER FastMapper, or "
+    "leave out --page"
 )
 
 # What the first and the second model are called in the folder.
@@ -135,6 +149,18 @@ def _check_model(path: Path) -> None:
             f"{path} was exported with --output-stage {exported.metadata.stage}: a page needs the "
             "stage nms"
         )
+    if exported.metadata.resampler == "custom":
+        raise ConfigError(f"{path} was exported with an INPUT.MAPPER {_OWN_WAY}")
+
+
+def check_page_config(cfg: CfgNode) -> None:
+    """Whether a page can prepare the images of a config's model, before it is exported.
+
+    Raises:
+        ConfigError: ``INPUT.MAPPER`` does it in a way of its own.
+    """
+    if resampler_of(cfg) == "custom":
+        raise ConfigError(f"--page: INPUT.MAPPER {cfg.INPUT.MAPPER} is one {_OWN_WAY}")
 
 
 def _check_folder(output: Path, models: Sequence[Path], overwrite: bool) -> None:

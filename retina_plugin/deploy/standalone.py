@@ -207,6 +207,11 @@ def _checked(path: str | os.PathLike, text: str | None) -> dict[str, Any]:
             f"{path} was exported with --output-stage {stage}: its outputs are no detections. "
             "Export it again with --output-stage nms"
         )
+    if metadata.get("resampler") == "custom":
+        raise DetectorError(
+            f"{path} was exported with an INPUT.MAPPER that prepares images in its own way: run it "
+            "in a program that does so too"
+        )
     return metadata
 
 

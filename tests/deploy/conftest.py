@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from retina_plugin.data import DATASET_MAPPER_REGISTRY, FastMapper
 from retina_plugin.deploy import DenseModel, describe_model, write_exported
 from retina_plugin.predict import RetinaPredictor
 
@@ -48,6 +49,36 @@ def exported(detector, metadata_of, tmp_path_factory):
 def exported_onnx(exported):
     """The tiny detector's .onnx, stage nms; its config and model."""
     return exported(".onnx")
+
+
+class GreyMapper(FastMapper):
+    """A user's, which prepares images in its own way."""
+
+    def prepare_image(self, image):
+        return super().prepare_image(image).float().mean(0, keepdim=True).expand(3, -1, -1)
+
+
+class TrainingMapper(FastMapper):
+    """A user's, which differs in training only."""
+
+
+class RecordMapper:
+    """A user's, which needs a record."""
+
+    @classmethod
+    def from_config(cls, cfg, is_train):
+        return {}
+
+
+@pytest.fixture
+def user_mappers():
+    """Registers the classes above, as a file of ``IMPORTS`` does."""
+    mappers = (GreyMapper, TrainingMapper, RecordMapper)
+    for mapper in mappers:
+        DATASET_MAPPER_REGISTRY.register(mapper)
+    yield
+    for mapper in mappers:
+        del DATASET_MAPPER_REGISTRY._obj_map[mapper.__name__]  # fvcore has no other way
 
 
 @pytest.fixture(scope="session")

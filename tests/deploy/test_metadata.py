@@ -30,6 +30,24 @@ def test_later_version_is_refused(detector, metadata_of):
         Metadata.from_json(json.dumps(content))
 
 
+@pytest.mark.parametrize(
+    ("mapper", "resampler"),
+    [
+        ("FastMapper", "torch"),
+        ("DatasetMapper", "pillow"),
+        ("TrainingMapper", "torch"),
+        ("GreyMapper", "custom"),
+        ("RecordMapper", "custom"),
+    ],
+)
+@pytest.mark.usefixtures("user_mappers")
+def test_mapper_that_prepares_images_in_its_own_way_is_told(
+    detector, metadata_of, mapper, resampler
+):
+    cfg, model = detector("INPUT.MAPPER", mapper)
+    assert metadata_of(cfg, model).resampler == resampler
+
+
 def test_config_digest_tells_what_changes_detections(detector):
     """And not where or how fast they are computed."""
     digest = config_digest(detector()[0])

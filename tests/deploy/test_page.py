@@ -196,6 +196,16 @@ def test_command_refuses_the_folder_before_it_exports(others, tmp_path):
     assert contents(others) == before
 
 
+@pytest.mark.usefixtures("user_mappers")
+def test_command_refuses_a_mapper_before_it_exports(repo, tmp_path):
+    (tmp_path / "weights.pth").touch()
+    command = ["--config-file", str(repo / "configs/_base_/digits_R18.yaml"), "--weights"]
+    command += [str(tmp_path / "weights.pth"), "--output", str(tmp_path / "a.onnx"), "--page"]
+    command += [str(tmp_path / "out"), "--onnxruntime-web", str(package(tmp_path / "web.tgz"))]
+    with pytest.raises(ConfigError, match="--page: INPUT.MAPPER GreyMapper is one that prepares"):
+        export.main([*command, "INPUT.MAPPER", "GreyMapper"])
+
+
 def test_models_of_one_name_have_their_folders_names(tmp_path):
     for folder in ("first", "other"):
         (tmp_path / folder).mkdir()
@@ -212,9 +222,11 @@ def test_models_that_no_page_can_run_are_refused(tmp_path):
     good = write_echo(tmp_path / "good.onnx")
     boxes = write_echo(tmp_path / "boxes.onnx", stage="boxes")
     other = write_echo(tmp_path / "other.onnx", "")
+    grey = write_echo(tmp_path / "grey.onnx", resampler="custom")
     for bad, message in [
         (boxes, "boxes.onnx was exported with --output-stage boxes: a page needs the stage nms"),
         (other, "other.onnx has no metadata of retina_plugin"),
+        (grey, "grey.onnx was exported with an INPUT.MAPPER that .* which a page cannot: set"),
         (tmp_path / "missing.onnx", "missing.onnx does not exist"),
     ]:
         for arguments in ({"model": bad}, {"model": good, "second": bad}):

@@ -265,6 +265,7 @@ def test_models_that_the_page_cannot_run_are_one_line(node, tmp_path):
         "its metadata cannot be read": [echo("{")],
         "its metadata has version 2": [echo('{"version": 2}')],
         "it was exported with --output-stage head": [echo(stage="head")],
+        "it was exported with an INPUT.MAPPER that": [echo(resampler="custom")],
     }
     body = """return input.map((file) => {
         try { model.readMetadata(bytes(file)); return "no error" }

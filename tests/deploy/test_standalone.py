@@ -305,6 +305,7 @@ def test_bad_images_are_one_line(tmp_path, image):
         ("[]", "its metadata cannot be read"),
         ('{"version": 2, "stage": "nms"}', "has metadata of version 2"),
         (metadata(stage="boxes").to_json(), "--output-stage boxes: .* with --output-stage nms"),
+        (metadata(resampler="custom").to_json(), "INPUT.MAPPER that prepares images in its own"),
     ],
 )
 def test_models_that_it_cannot_run_are_one_line(record, message, tmp_path):

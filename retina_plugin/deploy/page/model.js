@@ -27,6 +27,7 @@ export function readMetadata(bytes) {
   }
   if (metadata.version !== 1) throw new Error(`its metadata has version ${metadata.version}, this page reads version 1: write the page again`);
   if (metadata.stage !== "nms") throw new Error(`it was exported with --output-stage ${metadata.stage}: a page needs the stage nms`);
+  if (metadata.resampler === "custom") throw new Error("it was exported with an INPUT.MAPPER that prepares images in its own way, which a page cannot");
   return metadata;
 }
 
