@@ -78,25 +78,21 @@ def merge_tiles(
     Returns:
         boxes, scores and classes by decreasing score.
     """
+    index = np.unique(tiles, axis=0, return_inverse=True)[1].reshape(-1)
     cut = _is_cut(tiles, boxes, image_size)
-    considered = ~(cut & _seen_uncut(tiles, boxes, image_size))
+    considered = ~cut | ~_seen_uncut(tiles, boxes, image_size)
+    i, j = _overlapping(tiles, boxes, index, np.flatnonzero(considered))
+    iou, share = _agreement(tiles[i], boxes[i], tiles[j], boxes[j])
+    agree, of_others = iou > _AGREE, index[i] != index[j]
     order = np.argsort(-scores, kind="stable")
-    whole: list[int] = []
-    for i in order[~cut[order]]:
-        others = [j for j in whole if classes[j] == classes[i] and (tiles[j] != tiles[i]).any()]
-        iou, _ = _agreement(tiles[i], boxes[i], tiles[others], boxes[others])
-        if not (iou > _AGREE).any():
-            whole.append(i)
-    parts = []
-    for i in order[(cut & considered)[order]]:
-        others = [j for j in whole if (tiles[j] != tiles[i]).any()]
-        _, share = _agreement(tiles[i], boxes[i], tiles[others], boxes[others])
-        if not (share > _AGREE).any():
-            parts.append(i)
-    found = [(boxes[i], scores[i], classes[i]) for i in whole]
-    for same in _groups(tiles[parts], boxes[parts]):
-        index = np.array(parts)[same]
-        found += _put_together(tiles[index], boxes[index], scores[index], classes[index])
+    rivals = agree & of_others & ~cut[i] & ~cut[j] & (classes[i] == classes[j])
+    whole = _best(order[~cut[order]], i[rivals], j[rivals])
+    is_told = np.zeros(len(boxes), bool)
+    is_told[i[of_others & (share > _AGREE) & np.isin(j, whole)]] = True
+    parts = order[(cut & considered & ~is_told)[order]]
+    found = [(boxes[k], scores[k], classes[k]) for k in whole]
+    for same in _groups(parts, i[agree], j[agree]):
+        found += _put_together(index[same], boxes[same], scores[same], classes[same])
     found.sort(key=lambda x: -x[1])
     merged_boxes, merged_scores, merged_classes = zip(*found) if found else ((), (), ())
     return (
@@ -106,31 +102,80 @@ def merge_tiles(
     )
 
 
-def _groups(tiles: np.ndarray, boxes: np.ndarray) -> list[np.ndarray]:
-    """Indices of the boxes of each object, in order: chains of boxes that agree."""
-    label = np.arange(len(boxes))
-    for i in range(len(boxes)):
-        iou, _ = _agreement(tiles[i], boxes[i], tiles[:i], boxes[:i])
-        joined = np.isin(label, label[:i][iou > _AGREE])
-        joined[i] = True
-        label[joined] = label[joined].min()
-    return [np.flatnonzero(label == k) for k in np.unique(label)]
+def _overlapping(
+    tiles: np.ndarray, boxes: np.ndarray, index: np.ndarray, considered: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (i, j), (j, i) and (i, i) of boxes that overlap, of tiles that do.
+
+    Others cannot agree. They are the most by far, so tiles are compared before boxes.
+
+    Args:
+        index: (S,) a number for each tile.
+        considered: indices of the boxes to compare.
+    """
+    by_tile = considered[np.argsort(index[considered], kind="stable")]
+    groups = np.split(by_tile, np.flatnonzero(np.diff(index[by_tile])) + 1)
+    pairs = [np.zeros((2, 0), int)]
+    if len(by_tile):
+        first = tiles[[group[0] for group in groups]]
+        for group, near in zip(groups, _overlap(first, first)):
+            others = np.concatenate([groups[t] for t in np.flatnonzero(near)])
+            a, b = np.nonzero(_overlap(boxes[group], boxes[others]))
+            pairs.append(np.stack([group[a], others[b]]))
+    i, j = np.concatenate(pairs, axis=1)
+    return i, j
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(M, 4), (N, 4) -> (M, N) whether boxes overlap."""
+    both_sides: np.ndarray = (a[:, None, :2] < b[:, 2:]) & (a[:, None, 2:] > b[:, :2])
+    return both_sides.all(axis=2)
+
+
+def _best(order: np.ndarray, i: np.ndarray, j: np.ndarray) -> list[int]:
+    """Boxes in this order, without those that are rivals of one that stays: pairs (i, j)."""
+    rivals: dict[int, list[int]] = {}
+    for a, b in zip(i.tolist(), j.tolist()):
+        rivals.setdefault(a, []).append(b)
+    gone: set[int] = set()
+    best = []
+    for k in order.tolist():
+        if k not in gone:
+            best.append(k)
+            gone.update(rivals.get(k, ()))
+    return best
+
+
+def _groups(parts: np.ndarray, i: np.ndarray, j: np.ndarray) -> list[np.ndarray]:
+    """The parts of each object, in order: chains of parts that agree, by pairs (i, j)."""
+    place = np.full(max(parts.max(initial=-1), i.max(initial=-1)) + 1, -1)
+    place[parts] = label = np.arange(len(parts))
+    a, b = place[i], place[j]
+    both = (a >= 0) & (b >= 0)
+    a, b = a[both], b[both]
+    while (label[a] != label[b]).any():
+        label = label.copy()
+        np.minimum.at(label, a, label[b])
+        label = label[label]  # chains get shorter by half
+    by_label = np.argsort(label, kind="stable")
+    return np.split(parts[by_label], np.flatnonzero(np.diff(label[by_label])) + 1)
 
 
 def _put_together(
-    tiles: np.ndarray, boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray
+    index: np.ndarray, boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray
 ) -> list[tuple[np.ndarray, np.floating, np.integer]]:
     """Box, score and class of an object for each class that its parts were taken for.
 
     The box covers one part of each tile: of this class, or else the best of the tile.
 
     Args:
-        tiles, boxes, scores, classes: of the parts, by decreasing score.
+        index: (S,) a number for each tile.
+        boxes, scores, classes: of the parts, by decreasing score.
     """
     found = []
     for k in dict.fromkeys(classes.tolist()):
         of_class = np.argsort(classes != k, kind="stable")  # this class first
-        _, first = np.unique(tiles[of_class], axis=0, return_index=True)
+        _, first = np.unique(index[of_class], return_index=True)
         cover = boxes[of_class[first]]
         box = np.concatenate([cover[:, :2].min(axis=0), cover[:, 2:].max(axis=0)])
         found.append((box, scores[of_class[0]], classes[of_class[0]]))
@@ -161,16 +206,17 @@ def _seen_uncut(tiles: np.ndarray, boxes: np.ndarray, image_size: tuple[int, int
 
 
 def _agreement(
-    tile: np.ndarray, box: np.ndarray, tiles: np.ndarray, boxes: np.ndarray
+    tiles: np.ndarray, boxes: np.ndarray, other_tiles: np.ndarray, others: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How well a box agrees with boxes of other tiles, where both tiles look.
+    """How well boxes agree with others, pair by pair, where both tiles look.
 
     Returns:
-        IoU, and the share of ``box`` that lies in the other: (M,) each.
+        IoU, and the share of the box that lies in the other: (M,) each.
     """
-    low, high = np.maximum(tile[:2], tiles[:, :2]), np.minimum(tile[2:], tiles[:, 2:])
+    low = np.maximum(tiles[:, :2], other_tiles[:, :2])
+    high = np.minimum(tiles[:, 2:], other_tiles[:, 2:])
     common = np.concatenate([low, high], axis=1)
-    mine, theirs = _clip(np.broadcast_to(box, boxes.shape), common), _clip(boxes, common)
+    mine, theirs = _clip(boxes, common), _clip(others, common)
     inter = _inter(mine, theirs)
     union = _area(mine) + _area(theirs) - inter
     smallest = 1e-9

@@ -1,5 +1,7 @@
 """Tiles: the grid covers the image, and objects that borders cut are found once and whole."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -104,3 +106,105 @@ def test_different_objects_stay():
     merged, _, _ = merge_tiles(tiles, boxes, scores, np.array([0, 0, 1]), (100, 180))
     np.testing.assert_array_equal(merged, boxes)
     assert len(merge_tiles(tiles[:0], boxes[:0], scores[:0], np.zeros(0, int), (9, 9))[0]) == 0
+
+
+def in_common(tile, box, other_tile, other):
+    """IoU of two boxes, and the share of the first in the second, where both tiles look."""
+    low, high = np.maximum(tile[:2], other_tile[:2]), np.minimum(tile[2:], other_tile[2:])
+
+    def area(low, high):
+        return (high - low).clip(min=0).prod()
+
+    (a, b), (c, d) = ((np.maximum(x[:2], low), np.minimum(x[2:], high)) for x in (box, other))
+    inter = area(np.maximum(a, c), np.minimum(b, d))
+    union = area(a, b) + area(c, d) - inter
+    return inter / max(union, np.float32(1e-9)), inter / max(area(a, b), np.float32(1e-9))
+
+
+def merged_one_by_one(tiles, boxes, scores, classes, size):
+    """The docstring of ``merge_tiles``, box by box."""
+    image = np.array([size[1], size[0]])
+
+    def is_cut(tile, box):
+        margin = np.float32(0.02) * (tile[2:] - tile[:2])
+        low = (box[:2] < tile[:2] + margin) & (tile[:2] > 0)
+        high = (box[2:] > tile[2:] - margin) & (tile[2:] < image)
+        return (low | high).any()
+
+    whole, parts, groups = [], [], []
+    order = np.argsort(-scores, kind="stable")
+    agreement = {
+        (i, j): in_common(tiles[i], boxes[i], tiles[j], boxes[j]) for i in order for j in order
+    }
+    other = {(i, j): (tiles[i] != tiles[j]).any() for i in order for j in order}
+    for i in order:
+        same = [j for j in whole if classes[j] == classes[i] and other[i, j]]
+        if not is_cut(tiles[i], boxes[i]) and not any(agreement[i, j][0] > 0.5 for j in same):
+            whole.append(i)
+    for i in order:
+        if not is_cut(tiles[i], boxes[i]):
+            continue
+        uncut = any(other[i, j] and not is_cut(tiles[j], boxes[i]) for j in order)
+        if uncut or any(other[i, j] and agreement[i, j][1] > 0.5 for j in whole):
+            continue
+        parts.append(i)
+        joined = [g for g in groups if any(agreement[i, j][0] > 0.5 for j in g)]
+        groups = [g for g in groups if g not in joined] + [[j for g in joined for j in g] + [i]]
+    found = [(*boxes[i], scores[i], classes[i]) for i in whole]
+    for group in groups:
+        group = sorted(group, key=parts.index)
+        for k in dict.fromkeys(classes[group]):
+            best_of_tile = {}
+            for i in sorted(group, key=lambda i: classes[i] != k):
+                best_of_tile.setdefault(tuple(tiles[i]), boxes[i])
+            cover = np.array(list(best_of_tile.values()))
+            score = max(scores[i] for i in group if classes[i] == k)
+            found.append((*cover[:, :2].min(axis=0), *cover[:, 2:].max(axis=0), score, k))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.2, 0.7])
+@pytest.mark.parametrize("number_of_classes", [1, 3])
+def test_equals_merging_one_by_one(overlap, number_of_classes):
+    """Random objects, seen by random tiles, some of them cut; many agree."""
+    rng = np.random.default_rng(0)
+    size, joined = (230, 310), 0
+    grid = np.array(tile_grid(*size, 100, overlap), np.float32)
+    for _ in range(12):
+        corners = rng.uniform(0, 0.8, (7, 2)) * size[::-1]
+        objects = np.concatenate([corners, corners + rng.uniform(5, 120, (7, 2))], axis=1)
+        tiles = grid[rng.integers(0, len(grid), 40)]
+        boxes = objects[rng.integers(0, 7, 40)] + rng.uniform(-2, 2, (40, 4))
+        boxes[:, :2] = np.maximum(boxes[:, :2], tiles[:, :2])
+        boxes[:, 2:] = np.minimum(boxes[:, 2:], tiles[:, 2:])
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        tiles, boxes = tiles[keep], boxes[keep].astype(np.float32)
+        scores = rng.permutation(len(boxes)).astype(np.float32)
+        classes = rng.integers(0, number_of_classes, len(boxes))
+        merged, best, found = merge_tiles(tiles, boxes, scores, classes, size)
+        rows = sorted((*box, s, k) for box, s, k in zip(merged, best, found))
+        np.testing.assert_array_equal(rows, merged_one_by_one(tiles, boxes, scores, classes, size))
+        joined += len(boxes) - len(rows)
+    assert joined > 0
+
+
+def test_steps_grow_with_the_number_of_detections():
+    """Counted in calls: with their square, 10,000 detections never ended."""
+    steps = [0]
+
+    def count(frame, event, function):
+        steps[0] += event in ("call", "c_call")
+
+    def steps_of(side):
+        rng = np.random.default_rng(0)
+        tiles = np.repeat(np.array(tile_grid(side, side, 100, 0.2), np.float32), 20, axis=0)
+        corners = rng.uniform(10, 80, (len(tiles), 2)).astype(np.float32)
+        boxes = np.concatenate([corners, corners + 8], axis=1) + np.tile(tiles[:, :2], 2)
+        zeros, size = np.zeros(len(tiles), int), (side, side)
+        steps[0] = 0
+        sys.setprofile(count)
+        merge_tiles(tiles, boxes, rng.random(len(tiles)), zeros, size)
+        sys.setprofile(None)
+        return steps[0] / len(tiles)
+
+    assert steps_of(600) < 1.5 * steps_of(300)
