@@ -128,8 +128,7 @@ def _overlapping(
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(M, 4), (N, 4) -> (M, N) whether boxes overlap."""
-    both_sides: np.ndarray = (a[:, None, :2] < b[:, 2:]) & (a[:, None, 2:] > b[:, :2])
-    return both_sides.all(axis=2)
+    return np.all((a[:, None, :2] < b[:, 2:]) & (a[:, None, 2:] > b[:, :2]), axis=2)
 
 
 def _best(order: np.ndarray, i: np.ndarray, j: np.ndarray) -> list[int]:
