@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import glob
 import os
 import signal
 import sys
@@ -17,8 +18,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from detectron2.config import get_cfg
 from tqdm import tqdm
 
+from retina_plugin.config import add_retina_config
 from retina_plugin.engine.console import console
 from retina_plugin.errors import ConfigError, one_line
 from retina_plugin.predict import Predictions, RetinaPredictor
@@ -90,9 +93,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     """Inputs, and the KEY VALUE pairs after them: from the first word like MODEL.DEVICE on."""
+    groups = add_retina_config(get_cfg())
     for i, word in enumerate(words):
         group, dot, _ = word.partition(".")
-        if dot and group.isupper() and not Path(word).exists() and (len(words) - i) % 2 == 0:
+        is_key = bool(dot) and group in groups and not glob.has_magic(word)
+        if is_key and not Path(word).exists() and (len(words) - i) % 2 == 0:
             return words[:i], words[i:]
     return words, []
 
@@ -123,8 +128,17 @@ def _predictor(args: argparse.Namespace) -> RetinaPredictor:
 
 
 def _names(text: str) -> list[str]:
-    """Names between commas; one that has a comma itself stands in double quotes."""
-    return [name.strip() for name in next(csv.reader([text or " "], skipinitialspace=True))]
+    """Names between commas or in lines; one that has a comma itself stands in double quotes.
+
+    Raises:
+        ConfigError: the text cannot be taken apart.
+    """
+    lines = [line.strip().removesuffix(",") for line in text.splitlines() if line.strip()]
+    reader = csv.reader([",".join(lines) or " "], skipinitialspace=True)
+    try:
+        return [name.strip() for name in next(reader)]
+    except csv.Error as error:
+        raise ConfigError(f"--classes: {error}: give names with commas between them") from None
 
 
 class _Run:

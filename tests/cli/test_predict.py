@@ -17,7 +17,8 @@ from detectron2.modeling import build_model
 from pycocotools.coco import COCO
 
 from retina_plugin.cli import main
-from retina_plugin.cli.predict import _names, _Run, argument_parser
+from retina_plugin.cli.predict import _names, _Run, _split_overrides, argument_parser
+from retina_plugin.errors import ConfigError
 from retina_plugin.predict import Predictions
 from retina_plugin.predict import video as videos
 from retina_plugin.predict.video import VideoWriter, read_video
@@ -217,6 +218,31 @@ def test_class_name_with_a_comma(retina):
     assert _names('car, "traffic light, red" ,a') == ["car", "traffic light, red", "a"]
     cv2.imwrite("b.png", noise(40, 40))
     assert "no class ''" in str(retina("b.png", "--classes", ""))
+
+
+@pytest.mark.parametrize("text", ["car\nbus, van\n", "car,\r\n\n bus,van", "car,bus,van"])
+def test_class_names_in_lines(text):
+    assert _names(text) == ["car", "bus", "van"]
+
+
+def test_endless_class_name_is_one_line():
+    with pytest.raises(ConfigError, match="--classes: field larger than"):
+        _names("a" * 200_000)
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides"),
+    [
+        (["IMG_*.JPG", "DSC_*.JPG"], []),
+        (["a.png", "TEST.*", "INPUT.*"], []),
+        (["DSC_2.JPG", "IMG_9.JPG", "IMG_1.JPG"], []),
+        (["a.png", "MODEL.DEVICE", "cpu", "TEST.MERGE", "wbf"], ["MODEL.DEVICE", "TEST.MERGE"]),
+        (["IMG_9.JPG", "MODEL.NO", "1"], ["MODEL.NO"]),
+    ],
+)
+def test_file_names_in_capitals_are_no_overrides(words, overrides):
+    inputs, pairs = _split_overrides(words)
+    assert inputs + pairs == words and pairs[::2] == overrides
 
 
 def test_model_and_config_exclude_each_other(retina, capfd):
