@@ -19,7 +19,7 @@ from retina_plugin.data import register_datasets
 from retina_plugin.doctor import config as config_checks
 from retina_plugin.doctor import raise_errors
 from retina_plugin.engine import check_devices, check_weights, prepare_model, setup_cfg
-from retina_plugin.errors import ConfigError
+from retina_plugin.errors import ConfigError, first_line
 from retina_plugin.weights import Checkpointer
 
 __all__ = ["Classes", "load_model", "prediction_cfg"]
@@ -79,6 +79,13 @@ def _check_device(device: str) -> None:
     if known.type == "cuda" and (known.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ConfigError(f"device '{device}': torch sees {count} GPUs here; cpu always works")
+    if known.type == "meta":
+        raise ConfigError("device 'meta' has shapes but no numbers; cpu always works")
+    try:
+        torch.empty(1, device=known)
+    except Exception as error:  # RuntimeError, AssertionError, ...: as the device has it
+        reason = first_line(error).partition(". ")[0]
+        raise ConfigError(f"device '{device}' does not work ({reason}); cpu always does") from None
 
 
 def load_model(cfg: CfgNode) -> tuple[nn.Module, Classes]:

@@ -162,8 +162,7 @@ def prepare_model(name: str) -> tuple[str, str]:
 
     Raises:
         ConfigError: an unknown name; the weights cannot be fetched (what to fetch and where to put
-            it), or are damaged.
-        OSError: the cache cannot be written.
+            it), or are damaged; the cache cannot be written.
     """
     if name not in MODELS:
         raise ConfigError(
@@ -173,13 +172,21 @@ def prepare_model(name: str) -> tuple[str, str]:
     model = MODELS[name]
     weights = cache_root() / "models" / _conversion_version() / f"{name}.safetensors"
     config, record = config_path(weights), weights.with_suffix(".fingerprints")
-    with only_writer(weights.parent):
-        if not _is_intact(record, weights, config):
-            if record.exists():
-                logger.warning("%s is damaged: converting it again", weights)
-            convert_file(_fetch(name, model), weights, source=model.source)
-            with atomic_write(record) as temporary:
-                temporary.write_text(json.dumps([Fingerprint.of(weights), Fingerprint.of(config)]))
+    try:
+        with only_writer(weights.parent):
+            if not _is_intact(record, weights, config):
+                if record.exists():
+                    logger.warning("%s is damaged: converting it again", weights)
+                convert_file(_fetch(name, model), weights, source=model.source)
+                with atomic_write(record) as temporary:
+                    temporary.write_text(
+                        json.dumps([Fingerprint.of(weights), Fingerprint.of(config)])
+                    )
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to the cache ({error}): set RETINA_PLUGIN_CACHE to a folder on a disk "
+            "with space, in which you may write"
+        ) from None
     return str(config), str(weights)
 
 

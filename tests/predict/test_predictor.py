@@ -192,6 +192,8 @@ def test_bad_file_in_a_list_raises_and_stream_goes_on(load, tmp_path):
         ({"tile": 64, "overlap": 1.0}, "overlap 1"),
         ({"device": "gpu"}, "device 'gpu'"),
         ({"device": "cuda:99"}, "sees"),
+        ({"device": "meta"}, "device 'meta' has shapes"),
+        ({"device": "maia"}, "device 'maia' does not work .*; cpu always does"),
         ({"opts": ["MODEL.NO", "1"]}, "MODEL.NO"),
         ({"opts": ["MODEL.RETINANET.NUM_CLASSES", "3"]}, "NUM_CLASSES"),
     ],

@@ -323,6 +323,12 @@ def test_damaged_download_names_the_file(publish):
 # ---- the table
 
 
+def test_unwritable_cache_names_its_variable(monkeypatch):
+    monkeypatch.setenv("RETINA_PLUGIN_CACHE", "/proc/no")
+    with pytest.raises(ConfigError, match="'/proc/no.*set RETINA_PLUGIN_CACHE to"):
+        prepare_model("torchvision/retinanet_resnet50_fpn_v2")
+
+
 def test_unknown_name_raises_with_the_nearest_and_all():
     with pytest.raises(ConfigError) as error:
         prepare_model("torchvision/retinanet_resnet50")
