@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from retina_plugin.optional import optional
 from .dense import DenseModel
 from .metadata import METADATA_KEY, Metadata
 from .ops import onnx_translations
-from .runtime import format_of
+from .runtime import format_of, quiet_torch
 
 __all__ = [
     "atomic_files",
@@ -82,7 +80,7 @@ def export_program(dense: DenseModel) -> torch.export.ExportedProgram:
     config: Any = _config
     any_size = config.patch(backed_size_oblivious=True)
     try:
-        with torch.no_grad(), _quiet(), any_size:
+        with torch.no_grad(), quiet_torch(), any_size:
             return torch.export.export(dense, (images,), dynamic_shapes={"image": sizes})
     except Exception as error:  # whatever the model's own code raises on symbolic sizes
         reason = one_line(str(error))[:300]
@@ -157,7 +155,7 @@ def _write_pt2(
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # of this machine's files
     program.example_inputs = None  # the traced image would be a part of the file
-    with _quiet():
+    with quiet_torch():
         torch.export.save(program, output, extra_files=extra)
 
 
@@ -167,7 +165,7 @@ def _write_onnx(
     import onnx
 
     try:
-        with _quiet():
+        with quiet_torch():
             exported: Any = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -198,19 +196,3 @@ def _name_sizes(graph: Any, metadata: Metadata) -> None:
         for value in graph.outputs:
             rest = list(value.shape)[1:]
             value.shape = onnx_ir.Shape(["N", *(x if isinstance(x, int) else "R" for x in rest)])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the log of PyTorch's exporters, which is meant for who writes them."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Callable
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from retina_plugin.optional import optional
 from . import ops as _ops  # noqa: F401  a pt2 file calls the operator that it registers
 from .metadata import METADATA_KEY, Metadata
 
-__all__ = ["SUFFIXES", "ExportedModel", "format_of", "load_exported"]
+__all__ = ["SUFFIXES", "ExportedModel", "format_of", "load_exported", "quiet_torch"]
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 
@@ -52,10 +56,13 @@ def format_of(path: str | os.PathLike) -> str:
     """The format that a file's name says.
 
     Raises:
-        ConfigError: it is none of :data:`SUFFIXES`.
+        ConfigError: it is none of :data:`SUFFIXES`, or not one that the library takes.
     """
     for name, suffix in SUFFIXES.items():
-        if Path(path).suffix.lower() == suffix:
+        given = Path(path).suffix
+        if given.lower() == suffix:
+            if name == "openvino" and given != suffix:
+                raise ConfigError(f"{path}: OpenVINO needs the ending {suffix} in lower case")
             return name
     endings = ", ".join(f"{suffix} ({name})" for name, suffix in SUFFIXES.items())
     raise ConfigError(f"{path}: an exported model ends in {endings}")
@@ -104,7 +111,10 @@ def _load_onnx(path: Path, threads: int | None) -> tuple[str, list[str], Run]:
 def _load_pt2(path: Path, threads: int | None) -> tuple[str, list[str], Run]:
     extra = {f"{METADATA_KEY}.json": "", f"{METADATA_KEY}.outputs": ""}
     try:
-        program = torch.export.load(path, extra_files=extra)
+        if not _is_pt2(path):
+            raise ValueError("it is no file of torch.export, or a part of it is missing")
+        with quiet_torch():
+            program = torch.export.load(path, extra_files=extra)
     except Exception as error:  # zipfile's, pickle's, its own
         raise ConfigError(f"{path} cannot be read by torch: {first_line(error)}") from None
     module = program.module()
@@ -121,6 +131,30 @@ def _load_pt2(path: Path, threads: int | None) -> tuple[str, list[str], Run]:
     return extra[f"{METADATA_KEY}.json"], extra[f"{METADATA_KEY}.outputs"].split(), run
 
 
+def _is_pt2(path: Path) -> bool:
+    """Any checkpoint of PyTorch is a zip archive, too."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/archive_format") for name in archive.namelist())
+
+
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Without the log of PyTorch's exporters, which is meant for who writes them."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
 def _load_openvino(path: Path, threads: int | None) -> tuple[str, list[str], Run]:
     openvino = optional("openvino", f"{path.name}")
     core = openvino.Core()
@@ -128,10 +162,26 @@ def _load_openvino(path: Path, threads: int | None) -> tuple[str, list[str], Run
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     try:
+        _check_openvino(path)
         model = core.read_model(path)
         compiled = core.compile_model(model, "CPU", options)
-    except RuntimeError as error:
-        raise ConfigError(f"{path} cannot be read by openvino: {first_line(error)}") from None
+    except (RuntimeError, ValueError) as error:
+        # The lines above the last one name places in OpenVINO's own code.
+        reason = ([line for line in str(error).splitlines() if line.strip()] or ["no reason"])[-1]
+        raise ConfigError(f"{path} cannot be read by openvino: {reason.strip()}") from None
     text = model.get_rt_info(METADATA_KEY).astype(str) if model.has_rt_info(METADATA_KEY) else ""
     names = [output.get_any_name() for output in compiled.outputs]
     return text, names, lambda images: list(compiled(images).values())
+
+
+def _check_openvino(path: Path) -> None:
+    """
+    Raises:
+        ValueError: the two files cannot be a model; OpenVINO's own message would not say why.
+    """
+    weights = path.with_suffix(".bin")
+    if not weights.is_file():
+        raise ValueError(f"{weights.name}, which holds its weights, is not beside it: copy both")
+    with path.open("rb") as file:
+        if b"<net" not in file.read(1000):
+            raise ValueError("its content is not that of OpenVINO: write it with `retina export`")

@@ -126,6 +126,38 @@ def test_foreign_files_are_refused(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_unreadable_files_say_why(tmp_path, capfd):
+    """In one line, without what their libraries print."""
+    model = tmp_path / "weights.pth"
+    torch.save({"weight": torch.zeros(3)}, model)
+    net = '<?xml version="1.0"?>\n<net name="a" version="11"></net>'
+    for name, content, beside, message in [
+        ("a.pt2", model.read_bytes(), True, r"it is no file of torch.export"),
+        ("a.pt2", b"", True, r"it is no file of torch.export"),
+        ("a.xml", net.encode(), False, r"a.bin, which holds its weights, is not beside it: copy"),
+        ("a.xml", b"", True, r"its content is not that of OpenVINO: write it with"),
+        ("a.xml", net.replace("</net>", "").encode(), True, r"Start-end tags mismatch"),
+        ("a.xml", b"<html></html>", True, r"its content is not that of OpenVINO: write it with"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / "a.bin").touch() if beside else (tmp_path / "a.bin").unlink(missing_ok=True)
+        with pytest.raises(ConfigError, match=rf"{name} cannot be read by \w+: {message}"):
+            load_exported(tmp_path / name)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_openvino_needs_its_ending_in_lower_case(detector, metadata_of, tmp_path):
+    """Before the model is traced: OpenVINO would refuse to save it."""
+    cfg, model = detector()
+    for call in (
+        lambda: load_exported(tmp_path / "M.XML"),
+        lambda: write_exported(DenseModel(model), metadata_of(cfg, model), tmp_path / "M.XML"),
+    ):
+        with pytest.raises(ConfigError, match=r"M.XML: OpenVINO needs the ending .xml in lower"):
+            call()
+    assert formats.format_of("M.ONNX") == "onnx"
+
+
 def test_onnx_of_others_is_refused(tmp_path):
     """Without our metadata nobody knows its input."""
     value = onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, [1])
