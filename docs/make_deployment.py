@@ -67,8 +67,9 @@ retina check model_int8.onnx {demo} --limit 100 --output check.json
 - The export prints the AP that is lost on `DATASETS.TEST`, and `retina check` measures it for any
   file: AP and time of the file and of the model side by side. `--dataset` names another dataset,
   `--limit` takes the first images only, `--output` writes JSON.
-- What is compared with the model is the float32 file that is quantized. `model_int8.onnx.parity.json`
-  says so, and has the AP too. A quantized file of the stages `boxes` and `head` is not compared.
+- What is compared with the model is the float32 file that is quantized. Beside the quantized file
+  `model_int8.onnx.parity.json` says so, and has the AP too. A quantized file of the stages `boxes`
+  and `head` is not compared.
 
 ## Without PyTorch
 
@@ -102,7 +103,8 @@ python -m http.server --bind 127.0.0.1 --directory site
 ```
 
 Open `127.0.0.1:8000` and drop a picture. The model runs in the browser on one thread, and no
-picture leaves it.
+picture leaves it. Of pictures that are partly transparent only PNG is read: a browser changes the
+colours of the others.
 
 ![The page with two models](images/page.png)
 

@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from retina_plugin.deploy.page import fetch_onnxruntime_web, write_page
 from retina_plugin.errors import ConfigError
@@ -249,7 +250,10 @@ def test_bad_files_are_one_line(browser, server, photos, tmp_path):
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "cut.png").write_bytes(photos[0].read_bytes()[:5000])
     (tmp_path / "text.onnx").write_text("hello")
+    with Image.open(photos[2]) as image:
+        image.save(tmp_path / "partly.webp", lossless=True)
     for selector, file, line in [
+        ("#picture", tmp_path / "partly.webp", "partly.webp cannot be read: a part of it is trans"),
         ("#picture", tmp_path / "text.png", "text.png cannot be read: it is no image"),
         ("#picture", tmp_path / "cut.png", "cut.png cannot be read: it is damaged"),
         ("#model", tmp_path / "text.onnx", "text.onnx cannot be used: it is no ONNX file"),

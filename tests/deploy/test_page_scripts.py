@@ -246,6 +246,19 @@ def test_damaged_png_is_one_line(node):
     assert lines == ["it is damaged"] * 4 + ["it has 16 bits a pixel: convert it to 8 bit"]
 
 
+def test_transparent_contentof_a_canvas_are_one_line(node):
+    """Its colours are rounded where they are multiplied by alpha, and lost where that is 0."""
+    opaque = np.dstack([pixels(5, 7, 3), np.full((5, 7), 255, np.uint8)])
+    body = """return input.map((content) => {
+        try { return text(pixels.opaqueRgb(bytes(content))) } catch (error) { return error.message }
+    })"""
+    partly = opaque.copy()
+    partly[4, 6, 3] = 254
+    made, line = node(body, [encoded(image.tobytes()) for image in (opaque, partly)])
+    assert base64.b64decode(made) == opaque[:, :, :3].tobytes()
+    assert line == "a part of it is transparent: save it as PNG"
+
+
 # ---- models and detections -----------------------------------------------------------------------
 
 

@@ -9,6 +9,20 @@ const ADAM7 = [[0, 0, 8, 8], [4, 0, 8, 8], [0, 4, 4, 8], [2, 0, 4, 4], [0, 2, 2,
 
 export const isPng = (bytes) => SIGNATURE.every((byte, i) => bytes[i] === byte);
 
+/**
+ * The RGB of a canvas' pixels, 4 bytes each. Throws an Error with one line if one is transparent:
+ * a canvas multiplies colours by alpha, so they are not those of the file.
+ */
+export function opaqueRgb(pixels) {
+  const number = pixels.length / 4;
+  const data = new Uint8Array(3 * number);
+  for (let i = 0; i < number; i++) {
+    if (pixels[4 * i + 3] < 255) throw new Error("a part of it is transparent: save it as PNG");
+    for (let c = 0; c < 3; c++) data[3 * i + c] = pixels[4 * i + c];
+  }
+  return data;
+}
+
 /** Decode a PNG (Uint8Array): upright, without transparency. Throws an Error with one line. */
 export async function decodePng(bytes) {
   const { header, palette, orientation, compressed } = readChunks(bytes);

@@ -4,7 +4,7 @@
 
 import * as ort from "./ort.wasm.min.mjs";
 import { readMetadata, toDetections, toInput } from "./model.js";
-import { decodePng, isPng } from "./pixels.js";
+import { decodePng, isPng, opaqueRgb } from "./pixels.js";
 
 ort.env.wasm.numThreads = 1; // more need HTTP headers that a plain file server does not send
 
@@ -65,12 +65,7 @@ async function decode(blob) {
   const { width, height } = bitmap;
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   context.drawImage(bitmap, 0, 0);
-  const pixels = context.getImageData(0, 0, width, height).data;
-  const data = new Uint8Array(3 * width * height);
-  for (let i = 0; i < width * height; i++) {
-    for (let c = 0; c < 3; c++) data[3 * i + c] = pixels[4 * i + c];
-  }
-  return { width, height, data };
+  return { width, height, data: opaqueRgb(context.getImageData(0, 0, width, height).data) };
 }
 
 let queue = Promise.resolve();
