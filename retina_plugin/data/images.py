@@ -97,6 +97,12 @@ def _as_bad_image(file_name: str) -> Iterator[None]:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         reason = " ".join(str(error).split())
+        if isinstance(error, Image.DecompressionBombError):
+            numbers = reason.partition(",")[0]
+            raise BadImageError(
+                f"the image {file_name} has too many pixels ({numbers}): cut it into parts or make "
+                "it smaller; `retina predict --tile` reads up to a billion pixels"
+            ) from error
         if isinstance(error, UnidentifiedImageError):  # its text shows Pillow's file object
             reason = "it is no image, or of an unknown format"
         raise BadImageError(

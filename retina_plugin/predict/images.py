@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,11 @@ from torch import Tensor
 from retina_plugin.data.images import BadImageError, image_to_tensor, read_image
 from retina_plugin.errors import ConfigError
 
-__all__ = ["ImageLike", "as_bgr", "in_format", "unresized"]
+__all__ = ["ImageLike", "as_bgr", "in_format", "large_images", "unresized"]
+
+_LARGEST = 2**30  # pixels: OpenCV reads no more
+_limits: list[int | None] = []  # Pillow's own, once for each open block of large_images
+_lock = threading.Lock()
 
 ImageLike = str | os.PathLike | np.ndarray | Image.Image
 
@@ -42,6 +48,25 @@ def as_bgr(image: Any) -> np.ndarray:
         f"cannot detect in an object of type {type(image).__name__}: give a path, a BGR array of "
         "uint8 or a PIL image"
     )
+
+
+@contextlib.contextmanager
+def large_images() -> Iterator[None]:
+    """Read images of up to a billion pixels in this block. Blocks may be nested, or of threads.
+
+    Pillow takes an image above 179 million pixels for an attack, and warns above half of that.
+    """
+    with _lock:
+        _limits.append(_limits[0] if _limits else Image.MAX_IMAGE_PIXELS)
+        if _limits[0] is not None:
+            Image.MAX_IMAGE_PIXELS = max(_limits[0], _LARGEST)
+    try:
+        yield
+    finally:
+        with _lock:
+            limit = _limits.pop()
+            if not _limits:
+                Image.MAX_IMAGE_PIXELS = limit
 
 
 def _from_pil(image: Image.Image) -> np.ndarray:

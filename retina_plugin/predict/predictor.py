@@ -19,7 +19,7 @@ from retina_plugin.engine.performance import build_detector
 from retina_plugin.errors import ConfigError
 
 from .batches import grouped, padded_size, read_ahead
-from .images import in_format, unresized
+from .images import in_format, large_images, unresized
 from .loading import load_model, prediction_cfg
 from .predictions import Predictions, class_indices
 from .sources import Frame, OnError, describe, is_video, list_folder, read_frames
@@ -115,6 +115,7 @@ class RetinaPredictor:
             batch_size: images that go through the network at once, where lists, folders or videos
                 give enough of one size.
             tile: for images larger than this many pixels: detect in tiles of this side, and merge.
+                Images may then have a billion pixels, and else the number that Pillow allows.
             overlap: of neighbouring tiles, as a part of their side. An object that is not larger
                 than the overlap is whole in one tile.
             opts: overrides of the config, [key, value, ...].
@@ -210,9 +211,19 @@ class RetinaPredictor:
     ) -> Iterator[tuple[Frame, Predictions]]:
         """Each frame with its detections, in order. A thread reads ahead of the model."""
         if self.tile is not None:
+            yield from self._run_in_tiles(frames, self.tile, on_error)
+        else:
+            prepared = read_ahead(self._prepared(frames, on_error), _READ_AHEAD)
+            for frame, found in self._in_batches(prepared):
+                yield frame, found.filter(classes=self.classes)
+
+    def _run_in_tiles(
+        self, frames: Iterable[Frame], side: int, on_error: OnError | None
+    ) -> Iterator[tuple[Frame, Predictions]]:
+        with large_images():
             for frame in read_ahead(frames, 1):
                 try:
-                    found = self._detect_in_tiles(frame, self.tile)
+                    found = self._detect_in_tiles(frame, side)
                 except BadImageError as error:
                     if on_error is None:
                         raise
@@ -220,10 +231,6 @@ class RetinaPredictor:
                 else:
                     # not before the merge: a whole object of another class replaces its parts
                     yield frame, found.filter(classes=self.classes)
-        else:
-            prepared = read_ahead(self._prepared(frames, on_error), _READ_AHEAD)
-            for frame, found in self._in_batches(prepared):
-                yield frame, found.filter(classes=self.classes)
 
     def _prepared(self, frames: Iterable[Frame], on_error: OnError | None) -> Iterator[_Prepared]:
         for frame in frames:

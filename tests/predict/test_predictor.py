@@ -264,6 +264,21 @@ def test_views_of_an_image_are_merged(load, tile):
         load(opts=[*views, "(64,)", "TEST.AUG.MAX_SIZE", "1000"])(np.zeros((1, 5000, 3), np.uint8))
 
 
+def test_tiles_lift_pillows_limit(load, monkeypatch, tmp_path):
+    """Above twice the limit Pillow raises. A second run goes on when the first one has ended."""
+    cv2.imwrite(str(tmp_path / "a.png"), noise(64, 80))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 80 // 2 - 1)
+    with pytest.raises(BadImageError, match=r"a.png has too many pixels .*5120 pixels.* --tile"):
+        load()(tmp_path / "a.png")
+    predictor = load(tile=48)
+    first, second = (predictor.stream([tmp_path / "a.png"] * 3) for _ in range(2))
+    next(first), next(second)
+    first.close()
+    assert len(list(second)) == 2 and Image.MAX_IMAGE_PIXELS == 64 * 80 // 2 - 1
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert predictor(tmp_path / "a.png").image_size == (64, 80) and Image.MAX_IMAGE_PIXELS is None
+
+
 @pytest.mark.parametrize("merge", ["wbf", "soft_nms", "class_agnostic"])
 def test_every_merge_gives_boxes_with_an_area(load, merge):
     opts = ["TEST.MERGE", merge, "MODEL.RETINANET.BOXES_OUTSIDE_TEST", "clip"]
