@@ -69,7 +69,7 @@ def parity_sizes(min_size: int, max_size: int) -> list[tuple[int, int]]:
     """
     side = min_size or 600
     longest = max_size or 2 * side
-    larger = min(side * 5 // 4 + 3, longest - 3)
+    larger = max(1, min(side * 5 // 4 + 3, longest - 3))
     return [
         (side, min(side * 4 // 3, longest)),
         (side * 4 // 5 + 1, side * 3 // 5 + 1),

@@ -148,4 +148,5 @@ def test_sizes_are_around_the_test_size():
     """Three of them, two that need padding, none above the largest."""
     assert parity_sizes(800, 1333) == [(800, 1066), (641, 481), (1003, 1003)]
     assert parity_sizes(160, 160) == [(160, 160), (129, 97), (157, 157)]
+    assert parity_sizes(2, 3) == [(2, 2), (2, 2), (1, 1)]
     assert parity_sizes(0, 0) == [(600, 800), (481, 361), (753, 753)]
