@@ -30,7 +30,12 @@ _FIELDS = "image_id file_name frame x0 y0 x1 y1 score class_id category_id class
 
 
 class _Stream:
-    """A text file that appears under its name when it is closed, but not after an error."""
+    """A text file that appears under its name when it is closed.
+
+    After an error what was written stays under a hidden name, ``.NAME.partial``.
+    """
+
+    _end = ""  # of the text
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -46,23 +51,25 @@ class _Stream:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
-        else:
-            self._discard()
-
-    def _discard(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk: closing writes the rest
-            self._file.close()
-        self._partial.unlink(missing_ok=True)
+            return
+        with contextlib.suppress(OSError):  # the error may be a full disk
+            self._finish()
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._finish()
         self._partial.replace(self._path)
+
+    def _finish(self) -> None:
+        with self._file:
+            self._file.write(self._end)
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 class JsonList(_Stream):
     """A JSON list, one entry a line, which grows on the disk and not in memory."""
+
+    _end = "\n]\n"
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -73,10 +80,6 @@ class JsonList(_Stream):
         for entry in entries:
             self._file.write(f"{self._separator}{json.dumps(entry)}")
             self._separator = ",\n"
-
-    def close(self) -> None:
-        self._file.write("\n]\n")
-        super().close()
 
 
 class CsvFile(_Stream):
@@ -184,6 +187,8 @@ def write_image(path: Path, image: np.ndarray) -> None:
         partial.write_bytes(data.tobytes())
         partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         if error.errno not in _NAME_ERRORS:
             raise
         raise ConfigError(f"cannot write {path} ({error.strerror})") from None

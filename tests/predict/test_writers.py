@@ -82,13 +82,19 @@ def test_image_that_cannot_be_written_is_no_error_of_the_disk(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("kind", [JsonList, CsvFile])
-def test_error_leaves_the_file_of_an_earlier_run(tmp_path, kind):
-    path = tmp_path / "predictions"
-    path.write_text("old")
-    with pytest.raises(OSError, match="disk"), kind(path):
+def test_error_leaves_the_file_of_an_earlier_run_and_what_was_found(tmp_path):
+    for name in ("a.json", "a.csv"):
+        (tmp_path / name).write_text("old")
+    with (
+        pytest.raises(OSError, match="disk"),
+        JsonList(tmp_path / "a.json") as results,
+        CsvFile(tmp_path / "a.csv"),
+    ):
+        results.write([{"a": 1}])
         raise OSError("disk")
-    assert os.listdir(tmp_path) == ["predictions"] and path.read_text() == "old"
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "a.csv").read_text() == "old"
+    assert json.loads((tmp_path / ".a.json.partial").read_text()) == [{"a": 1}]
+    assert (tmp_path / ".a.csv.partial").read_text().startswith("image_id,")
 
 
 def test_file_name_that_is_not_utf8(tmp_path):
