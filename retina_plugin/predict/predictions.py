@@ -168,6 +168,7 @@ def class_indices(wanted: Sequence[str], names: Sequence[str]) -> list[int]:
     for name in wanted:
         if name not in names:
             few = f"; known: {', '.join(names)}" if len(names) <= 100 else ""
-            hint = did_you_mean(name, names)
+            same = (known for known in names if known.casefold() == str(name).casefold())
+            hint = did_you_mean(next(same, name), names)
             raise ConfigError(f"classes: the model has no class '{name}'{hint}{few}")
     return [k for k, name in enumerate(names) if name in wanted]
