@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         label: output / "mini" / next(run.key for run in runs if row in run.rows)
         for label, row in _SHOWN.items()
     }
-    incomplete = {folder.name for folder, files in _needed(folders, ledger) if not all(files)}
+    incomplete = _incomplete(folders, ledger)
     todo = [r for r in runs if r.key not in ledger.runs("mini") or r.key in incomplete]
     jobs = args.jobs or default_jobs("mini")
     print(f"{len(todo)} runs to train, {jobs} at a time")
@@ -137,14 +137,19 @@ def summary(found: Sequence[tuple[Claim, Judgement]], total: int) -> str:
     )
 
 
-def _needed(folders: dict[str, Path], ledger: Ledger) -> Iterator[tuple[Path, list[bool]]]:
-    """The folder of each run in the pictures, and whether it has each thing that they need."""
+def _incomplete(folders: dict[str, Path], ledger: Ledger) -> set[str]:
+    """The keys of the runs that lack something that the pictures need."""
+    found = set()
     for label, folder in folders.items():
-        diverged = "diverged_at" in ledger.runs("mini").get(folder.name, {})
+        needed = [folder / "metrics.json"]
         # metrics.json is there from the first iterations on: the weights say that it is whole
-        whole = diverged or (folder / "model_final.pth").is_file()
-        scenes = label not in _SCENES or predictions(folder, MINI_DATASET).is_file()
-        yield folder, [(folder / "metrics.json").is_file(), whole, scenes]
+        if "diverged_at" not in ledger.runs("mini").get(folder.name, {}):
+            needed.append(folder / "model_final.pth")
+        if label in _SCENES:
+            needed.append(predictions(folder, MINI_DATASET))
+        if not all(path.is_file() for path in needed):
+            found.add(folder.name)
+    return found
 
 
 def _table(plot: Plot, name: str, floatfmt: str | Sequence[str]) -> str:

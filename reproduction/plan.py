@@ -89,9 +89,9 @@ def plan(rows: Sequence[Row], scale: str, seeds: int, extra: Sequence[str] = ())
     runs: dict[str, Run] = {}
     for seed in range(1, seeds + 1):
         for row in rows:
-            config, overrides = recipe(row, scale)
             key = row_key(row, scale, extra, seed)
             if key not in runs:
+                config, overrides = recipe(row, scale)
                 opts = [str(x) for pair in overrides.items() for x in pair]
                 opts += [*extra, "SEED", str(seed)]
                 max_iter = setup_cfg(str(config), opts).SOLVER.MAX_ITER

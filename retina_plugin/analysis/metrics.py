@@ -128,9 +128,9 @@ class AtThresholds:
     def __init__(
         self, truth: GroundTruth, found: Found, evaluation: Evaluation, score: float | None
     ) -> None:
-        most = _most_in_an_image(found)
-        if most > 100:  # an image may show more than COCO counts
-            evaluation = Evaluation(truth, found, most)
+        limit = max(100, _most_in_an_image(found))
+        if limit > 100:  # an image may show more than COCO counts
+            evaluation = Evaluation(truth, found, limit)
         self.right = evaluation.right
         counts = self.right >= 0
         objects = _objects_by_class(truth)
@@ -150,7 +150,7 @@ class AtThresholds:
         else:
             self.thresholds = np.full(len(objects), score)
         kept = found[counts & (found.scores >= self.thresholds[found.classes])]
-        self.evaluation = Evaluation(truth, kept, max(most, 100))
+        self.evaluation = Evaluation(truth, kept, limit)
         right, missed = self.evaluation.right == 1, self.evaluation.missed
         self.shown = Shown(kept, right, missed)
         columns = (truth.images[~truth.crowds], kept.images[right], kept.images[~right])

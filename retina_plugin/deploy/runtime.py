@@ -112,7 +112,7 @@ def _load_pt2(path: Path, threads: int | None) -> tuple[str, list[str], Run]:
     extra = {f"{METADATA_KEY}.json": "", f"{METADATA_KEY}.outputs": ""}
     try:
         if not _is_pt2(path):
-            raise ValueError("it is no file of torch.export, or a part of it is missing")
+            raise ValueError("torch.export did not write it, or a part of it is missing")
         with quiet_torch():
             program = torch.export.load(path, extra_files=extra)
     except Exception as error:  # zipfile's, pickle's, its own

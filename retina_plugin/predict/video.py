@@ -177,7 +177,7 @@ class VideoWriter:
                 have a constant rate.
 
         Raises:
-            ConfigError: the encoder cannot do it. There is no file then.
+            ConfigError: the encoder failed. Nothing is kept of the file.
             OSError: the folder or the disk cannot be written to.
         """
         with self._given_up_on_errors():
@@ -248,7 +248,7 @@ class VideoWriter:
 
     @contextlib.contextmanager
     def _given_up_on_errors(self) -> Iterator[None]:
-        """After an error there is no file. The encoder's errors become a line that names it."""
+        """An error deletes the unfinished file. The encoder's errors name the file in one line."""
         try:
             yield
         except _errors() as error:

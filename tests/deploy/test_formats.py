@@ -132,8 +132,8 @@ def test_unreadable_files_say_why(tmp_path, capfd):
     torch.save({"weight": torch.zeros(3)}, model)
     net = '<?xml version="1.0"?>\n<net name="a" version="11"></net>'
     for name, content, beside, message in [
-        ("a.pt2", model.read_bytes(), True, r"it is no file of torch.export"),
-        ("a.pt2", b"", True, r"it is no file of torch.export"),
+        ("a.pt2", model.read_bytes(), True, r"torch.export did not write it"),
+        ("a.pt2", b"", True, r"torch.export did not write it"),
         ("a.xml", net.encode(), False, r"a.bin, which holds its weights, is not beside it: copy"),
         ("a.xml", b"", True, r"its content is not that of OpenVINO: write it with"),
         ("a.xml", net.replace("</net>", "").encode(), True, r"Start-end tags mismatch"),
