@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
@@ -38,8 +39,20 @@ class TopLevels(LastLevelP6P7):
 
     def forward(self, feature: Tensor) -> list[Tensor]:
         """(N, C, H, W) -> [P6, P7], of half and a quarter of the height and width, rounded up."""
-        p6 = self.p6(feature)
-        return [p6, self.p7(F.relu(p6) if self.relu_before_p7 else p6)]
+        p6 = self.p6(_two_wide(feature))
+        return [p6, self.p7(_two_wide(F.relu(p6) if self.relu_before_p7 else p6))]
+
+
+def _two_wide(feature: Tensor) -> Tensor:
+    """A map of one column with a column of zeros beside it, which a conv of stride 2 ignores.
+
+    On a CPU in bfloat16, PyTorch 2.15 takes the results of a strided 3x3 conv on one column from
+    memory that nobody wrote: forward, and in the gradient of its weights. P6 has one column in
+    images of up to 64 pixels.
+    """
+    on_cpu = feature.device.type == "cpu"
+    is_16_bit = feature.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return F.pad(feature, (0, 1)) if on_cpu and is_16_bit and feature.shape[3] == 1 else feature
 
 
 def p6_source(cfg: CfgNode) -> str:

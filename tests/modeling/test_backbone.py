@@ -1,5 +1,7 @@
 """FPN P3-P7: strides, the source of P6, widths."""
 
+import copy
+
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -7,6 +9,7 @@ from detectron2.modeling import build_backbone
 
 from retina_plugin import add_retina_config
 from retina_plugin.errors import ConfigError
+from retina_plugin.modeling.pyramid import TopLevels
 
 
 def cfg_with(depth, width=64, source="res5", name="build_retina_fpn_backbone", groups=1):
@@ -76,3 +79,29 @@ def test_frozen_stages_have_no_gradient():
 def test_unknown_source_raises():
     with pytest.raises(ConfigError, match="MODEL.RETINANET.P6_SOURCE.*'c5'.*res5, p5"):
         build_backbone(cfg_with(18, source="c5"))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("height", [1, 2, 3, 8])
+@pytest.mark.parametrize("channels", [16, 24, 64])
+def test_bfloat16_is_right_on_narrow_maps(height, width, channels):
+    """P6, P7 and all gradients are those of float64, apart from rounding, also of one column.
+
+    Memory that is freed before holds large numbers, which a convolution that reads it would show.
+    """
+    torch.manual_seed(0)
+    levels = TopLevels(channels, channels)
+    exact = copy.deepcopy(levels).double()
+    x = torch.randn(2, channels, height, width)
+    large = [torch.full((2**size,), 1e6) for size in range(4, 18) for _ in range(3)]
+    del large
+    results = []
+    for model, feature in ((levels, x), (exact, x.double())):
+        feature.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=model is levels):
+            outputs = model(feature)
+        sum(output.double().square().sum() for output in outputs).backward()
+        results.append([*outputs, feature.grad, *(p.grad for p in model.parameters())])
+    for found, expected in zip(*results):
+        assert found.shape == expected.shape
+        assert (found.double() - expected).norm() <= 0.02 * expected.norm()
