@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = "$(VENV)/bin/python"
 # On all cores, a file of tests on one of them. Each test has one thread: more would wait in turns.
+# A test that hangs or ends its process is named and fails, and the others go on.
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
-# One after the other, by name: a test that ends the process is the last line. tests/deploy has its
-# own process, because it loads three other runtimes, each with its own threads.
-SLOW = OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -v
+# These load three other runtimes, each with its own threads: in processes of their own.
+EXPORTS = tests/deploy tests/test_docs.py
 SETUP = PYTHON="$(PYTHON)" requirements/setup.sh
 # Another interpreter is another stamp, so that setup.sh sees it and says what to do.
 INSTALLED := $(VENV)/installed-$(shell "$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -39,8 +39,8 @@ test: lint ## lint, types and tests
 	$(PYTEST)
 
 test-slow: setup ## what takes minutes: the tests marked slow, and ten minutes of fuzzing
-	$(SLOW) --ignore tests/deploy
-	$(SLOW) tests/deploy
+	$(PYTEST) -m slow -vv --durations 10 $(EXPORTS:%=--ignore %)
+	$(PYTEST) -m slow -vv --durations 10 $(EXPORTS)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/fuzz --hypothesis-profile=long
 
 demo: setup ## train and evaluate on the embedded digits

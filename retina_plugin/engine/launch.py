@@ -119,6 +119,8 @@ def _process(main: Callable[..., None], timeout: float, *args: Any) -> None:
     with contextlib.ExitStack() as stack:
         heartbeat = stack.enter_context(Heartbeat(timeout)) if several else None
         try:
+            if several:
+                comm.synchronize()  # each has read who the others are: from here on, one may end
             main(*args)
         except SystemExit as end:
             if isinstance(end.code, str):
