@@ -38,10 +38,10 @@ format: setup ## let ruff rewrite what it can
 test: lint ## lint, types and tests
 	$(PYTEST)
 
-test-slow: setup ## what takes minutes: the tests marked slow, and ten minutes of fuzzing
+test-slow: setup ## what takes minutes: the tests marked slow, and some minutes of fuzzing
 	$(PYTEST) -m slow -vv --durations 10 $(EXPORTS:%=--ignore %)
 	$(PYTEST) -m slow -vv --durations 10 $(EXPORTS)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/fuzz --hypothesis-profile=long
+	$(PYTEST) --dist load tests/fuzz --hypothesis-profile=long
 
 demo: setup ## train and evaluate on the embedded digits
 	$(RUN) train_net.py --config-file configs/quick/digits_R18.yaml

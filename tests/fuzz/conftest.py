@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import hypothesis
+import pytest
 
 from tests.fuzz.counting import COUNTS
 
@@ -15,6 +16,18 @@ def pytest_addoption(parser):
     parser.addoption(
         "--fuzz-record", metavar="FILE", help="write the numbers of inputs tried to this JSON file"
     )
+
+
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist hands its counts on."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["fuzz"] = [[*key, n] for key, n in COUNTS.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for part, test, number in getattr(node, "workeroutput", {}).get("fuzz", ()):
+        COUNTS[part, test] += number
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
