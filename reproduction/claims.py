@@ -68,7 +68,7 @@ def paper_difference(claim: Claim) -> float | None:
 def seed_spread(measured: Results) -> SeedSpread:
     """How much AP varies over the seeds of all rows. Rows that share their runs count once."""
     rows = {tuple(map(id, results)): results for results in measured.values()}
-    return SeedSpread.pooled([r["AP"] for r in results if "AP" in r] for results in rows.values())
+    return SeedSpread.of_rows([r["AP"] for r in results if "AP" in r] for results in rows.values())
 
 
 def resampled(results: Sequence[dict[str, Any]]) -> list[list[float]]:

@@ -41,7 +41,8 @@ trained on ImageNet. AP is COCO's, on the 500 images of `{MINI_DATASET}`. Compar
 the rows of a table, not their AP with the paper's: the images and the model are different.
 
 An interval is the 95 % confidence interval of a row's mean, over test images and seeds. What seeds
-add is measured on all rows together (`reproduction/intervals.py`).
+add is measured on all rows together, and for a row that varies far more, on its own seeds
+(`reproduction/intervals.py`).
 """,
 }
 

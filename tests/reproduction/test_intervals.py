@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -104,22 +105,43 @@ def runs_of(rng, mean, images, num_seeds, seed_spread=2.0):
     return [mean + seed + images for seed in seeds]
 
 
-def test_spread_of_the_seeds_is_pooled():
-    spread = SeedSpread.pooled([[30.0, 32.0], [20.0, 21.0, 22.0], [5.0], []])
+def test_rows_that_vary_alike_share_their_variance():
+    spread = SeedSpread.of_rows([[30.0, 32.0], [20.0, 21.0, 22.0], [5.0], [], [0.0, 0.0]])
     assert spread.freedom == 3 and spread.variance == pytest.approx((2 + 2) / 3)
-    assert SeedSpread.pooled([[30.0], []]) == SeedSpread(0.0, 0)
+    assert SeedSpread.of_rows([[30.0], []]) == SeedSpread(0.0, 0)
+
+
+@pytest.mark.parametrize(("freedom", "variance"), [(4.0, 3.0), (2.0, 0.5)])
+def test_what_rows_share_is_found(freedom, variance):
+    """Variances drawn from a scaled inverse chi-square distribution, as Smyth assumes."""
+    rng = np.random.default_rng(0)
+    variance_R = variance * freedom / rng.chisquare(freedom, 4000)
+    spread = SeedSpread.of_rows(rng.normal(20, sd, 3) for sd in variance_R**0.5)
+    assert spread.freedom == pytest.approx(freedom, rel=0.25)
+    assert spread.variance == pytest.approx(variance, rel=0.1)
+
+
+def test_a_rows_variance_is_drawn_towards_that_of_all():
+    """With the degrees of freedom as weights; one that is far larger stays."""
+    spread = SeedSpread(4.0, 6.0)
+    assert spread.of_row([20.0]) == (4.0, 6.0)
+    variance, freedom = spread.of_row([20.0, 21.0, 22.0])
+    assert (variance, freedom) == (pytest.approx((6 * 4 + 2 * 1) / 8), 8)
+    assert spread.of_row([10.0, 30.0]) == (pytest.approx(200.0), 1)
+    assert SeedSpread().of_row([20.0]) == (0.0, np.inf)
+    assert SeedSpread().of_row([20.0, 22.0]) == (pytest.approx(2.0), 1)
 
 
 def test_width_is_that_of_welchs_test():
-    """Known variances, no images' part: t of the pooled degrees of freedom."""
-    still = [np.full(intervals.RESAMPLES, ap) for ap in (29.0, 31.0)]
-    low, high = intervals.interval(still, 30.0, SeedSpread(8.0, 4))
-    assert (30 - low, high - 30) == (pytest.approx(2.776 * 2, rel=1e-3),) * 2
-    low, high = intervals.difference_interval(still, still[:1], 1.0, SeedSpread(8.0, 4))
-    assert high - low == pytest.approx(2 * 2.776 * (8 / 2 + 8) ** 0.5, rel=1e-3)
-    # a row that varies more than the others, here with variance 2, has its own
-    low, high = intervals.interval(still, 30.0, SeedSpread(0.5, 4))
-    assert high - low == pytest.approx(2 * 2.776 * 1.0, rel=1e-3)
+    """No images' part: t of the degrees of freedom."""
+    still = [np.full(intervals.RESAMPLES, ap) for ap in (29.0, 31.0)]  # variance 2
+    low, high = intervals.interval(still, 30.0, SeedSpread(2.0, 3))
+    assert (30 - low, high - 30) == (pytest.approx(2.776 * 1, rel=1e-3),) * 2  # t of 4
+    # one row with variance 2 and 4 degrees of freedom, one with variance 2 and 3
+    low, high = intervals.difference_interval(still, still[:1], 1.0, SeedSpread(2.0, 3))
+    freedom = (2 / 2 + 2) ** 2 / ((2 / 2) ** 2 / 4 + 2**2 / 3)
+    half = scipy.stats.t.ppf(0.975, freedom) * (2 / 2 + 2) ** 0.5
+    assert high - low == pytest.approx(2 * half, rel=1e-6)
 
 
 def test_without_several_seeds_only_the_images_vary():
@@ -139,21 +161,34 @@ def test_interval_of_a_difference_has_no_part_of_what_both_share():
     assert 1.5 < low < 2.0 < high < 2.5
 
 
-@pytest.mark.parametrize("num_seeds", [2, 3])
-@pytest.mark.parametrize(("seeds", "own_images"), [(1.5, 0.7), (1.5, 0.1), (0.3, 0.7)])
-def test_interval_covers_the_true_difference(num_seeds, seeds, own_images):
-    """Of two rows of 16. APs vary over seeds, by 1 over images for all rows and more for each."""
+WILD = [1.0] * 24 + [10.0] * 4  # spreads of the other rows
+
+
+@pytest.mark.parametrize(
+    ("spreads", "others", "own_images", "num_seeds", "covers"),
+    [
+        ((1.5, 1.5), [1.5] * 14, 0.7, 2, 0.93),
+        ((1.5, 1.5), [1.5] * 14, 0.1, 3, 0.93),
+        ((0.3, 0.3), [0.3] * 14, 0.7, 2, 0.93),
+        ((1.0, 1.0), WILD, 0.1, 2, 0.93),
+        ((1.0, 1.0), WILD, 0.7, 3, 0.93),
+        ((1.0, 10.0), WILD, 0.1, 3, 0.92),
+        ((1.0, 10.0), WILD, 0.1, 2, 0.83),
+    ],
+)
+def test_interval_covers_the_true_difference(spreads, others, own_images, num_seeds, covers):
+    """APs vary over seeds, by 1 over images for all rows and more for each of the two."""
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(600):
         images = rng.normal() + rng.normal(size=intervals.RESAMPLES)
         rows = []
-        for mean in (30, 34):
+        for mean, seed_spread in zip((30, 34), spreads):
             own = rng.normal(0, own_images) + rng.normal(0, own_images, intervals.RESAMPLES)
-            rows.append(runs_of(rng, mean, images + own, num_seeds, seed_spread=seeds))
-        others = [rng.normal(20, seeds, num_seeds) for _ in range(14)]
-        spread = SeedSpread.pooled([*np.mean(rows, axis=2), *others])
+            rows.append(runs_of(rng, mean, images + own, num_seeds, seed_spread))
+        more = [rng.normal(20, sd, num_seeds) for sd in others]
+        spread = SeedSpread.of_rows([*np.mean(rows, axis=2), *more])
         difference = np.mean(rows[1]) - np.mean(rows[0])
         low, high = intervals.difference_interval(rows[1], rows[0], difference, spread)
         covered += low <= 4 <= high
-    assert 0.93 <= covered / 600 <= 0.99
+    assert covers <= covered / 600 <= 0.99

@@ -135,8 +135,9 @@ def test_difference_whose_interval_has_0_is_not_clear(tmp_path):
     def row(name, ap, **more):
         return result(name, ap, resampled_AP=resampled(ap, **more))
 
-    rows = [row("3 FL", 38.5), row("3 FL", 37.5), row("3 CE", 37.0), row("3 CE", 37.0)]
-    rows += 2 * [row("1b gamma=5", 20.0), row("1b gamma=0", 37.5)]
+    means = {"3 FL": 38.0, "3 CE": 37.0, "1b gamma=5": 20.0, "1b gamma=0": 37.5}
+    means |= {"1b gamma=0.1": 30.0, "1b gamma=0.2": 30.0, "1b gamma=0.5": 30.0}  # say what is usual
+    rows = [row(name, mean + seed) for name, mean in means.items() for seed in (-0.4, 0.4)]
     rows.append(row("1b gamma=1", 50.0))
     claims = [
         Claim("doubtful", "3 FL", ("3 CE",)),
