@@ -143,10 +143,10 @@ class SeedSpread:
         pooled = float(freedom_R @ variance_R) / total
         log_R = np.log(variance_R) - digamma(freedom_R / 2) + np.log(freedom_R / 2)
         # How much more the logarithms differ than by chance, if all rows had one variance.
-        excess = log_R.var(ddof=1) - trigamma(freedom_R / 2).mean() if len(several) > 1 else 0.0
-        if excess <= trigamma(total / 2):
+        excess = log_R.var(ddof=1) - _trigamma(freedom_R / 2).mean() if len(several) > 1 else 0.0
+        if excess <= _trigamma(total / 2):
             return cls(pooled, total)
-        half = float(brentq(lambda x: trigamma(x) - excess, 1e-3, total / 2))
+        half = float(brentq(lambda x: _trigamma(x) - excess, 1e-3, total / 2))
         return cls(float(np.exp(log_R.mean() + digamma(half) - np.log(half))), 2 * half)
 
     def of_row(self, aps: Sequence[float]) -> tuple[float, float]:
@@ -166,7 +166,7 @@ class SeedSpread:
         return (self.freedom * self.variance + own_freedom * own) / freedom, freedom
 
 
-def trigamma(x: Any) -> Any:
+def _trigamma(x: Any) -> Any:
     return polygamma(1, x)
 
 
