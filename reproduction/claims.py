@@ -23,7 +23,8 @@ class Judgement:
         rows: the better row and the other one, with what was measured.
         holds: whether the claim shows.
         clear: whether chance is an unlikely explanation: the 95 % interval lies on one side of the
-            limit, both rows have more than one seed, and none diverged.
+            limit, both rows have more than one seed, and none diverged. Or the runs of both rows
+            are equal, seed by seed.
         verdict: both in words, with the numbers.
         interval: the difference of AP and the ends of its interval, which are equal if the results
             have none; None if one row diverged, and for a claim about something else.
@@ -97,6 +98,10 @@ def _judge(claim: Claim, other: str, measured: Results, spread: SeedSpread) -> J
     difference = low = high = better - worse
     found = f"{difference:+.1f}"
     of_better, of_worse = map(resampled, results)
+    if of_better and of_better == of_worse:
+        holds = claim.within is not None  # the two rows train alike: no chance is left
+        verdict = ", ".join([f"{'yes' if holds else '**no**'}: the runs are equal", *doubts])
+        return Judgement(shown, holds, not doubts, verdict, (0.0, 0.0, 0.0))
     if of_better and of_worse:
         low, high = difference_interval(of_better, of_worse, difference, spread)
         found += f" [{low:+.1f}, {high:+.1f}]"

@@ -131,6 +131,16 @@ def test_doubts_are_named(tmp_path):
     assert verdict("d", result("3 FL", 50.0), gone) == "yes: the other diverged, one seed"
 
 
+def test_equal_runs_do_not_differ_by_chance(tmp_path):
+    rows = [result(row, 30.0, resampled_AP=resampled(30.0)) for row in ("3 FL", "3 CE")]
+    claims = [Claim("x", "3 FL", ("3 CE",), note="why"), Claim("y", "3 FL", ("3 CE",), within=2)]
+    text = page(tmp_path / "a", [*rows, *rows], claims)
+    assert verdicts(text)["x"] == "**no**: the runs are equal"
+    assert verdicts(text)["y"] == "yes: the runs are equal"
+    assert "- x: why" in text and "- y" not in text
+    assert verdicts(page(tmp_path / "b", rows, claims))["x"].endswith("equal, one seed")
+
+
 def test_difference_whose_interval_has_0_is_not_clear(tmp_path):
     def row(name, ap, **more):
         return result(name, ap, resampled_AP=resampled(ap, **more))
