@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def page(ledger: Ledger, folders: dict[str, Path], path: Path) -> str:
     reasons = notes(found)
     verdicts = [[claim.text, *judgement.rows, judgement.verdict] for claim, judgement in found]
     return TEMPLATE.read_text(encoding="utf-8").format(
-        summary=summary(found, len(ledger.claims)),
+        summary=textwrap.fill(summary(found, len(ledger.claims)), 105),
         dataset=MINI_DATASET,
         table=_markdown(["the paper's claim", "better", "compared with", "shows?"], verdicts),
         reasons=f"\n{reasons}" if reasons else "",
