@@ -32,7 +32,7 @@ programs in their order.
 
 ## Write a file
 
-`pip install 'retina_plugin[export]'` brings what ONNX needs, `'retina_plugin[openvino]'` what
+In the checkout, `pip install -e '.[export]'` brings what ONNX needs, `'.[openvino]'` what
 OpenVINO needs. The ending of `--output` is the format: ONNX, `torch.export`, OpenVINO. Here with
 the weights of `make demo`:
 

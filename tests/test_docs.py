@@ -86,7 +86,8 @@ PARSED_ONLY = {
     "python -m benchmarks": "takes minutes",
     "python -m benchmarks --stage loss --device cuda": "a GPU",
     "python -m reproduction.reproduce 1b --scale paper": "COCO, GPUs",
-    'python -m reproduction.reproduce 1b --scale mini --rows "gamma=2" --seeds 1': "takes minutes",
+    'python -m reproduction.reproduce 1b --scale mini --rows "gamma=2" --seeds 1 --ledger '
+    "mine.json": "takes minutes",
     "python -m reproduction.evidence": "takes minutes",
     "python -m reproduction.reproduce 3 --scale mini --rows FL --ledger star.json": "takes minutes",
     'python -m reproduction.reproduce 3 --scale mini --rows "FL* gamma=2 beta=1" --ledger '

@@ -97,7 +97,8 @@ def make_recipe(
     cfg = setup_cfg(base, [*opts, *names])
     processes = max(check_devices(cfg, None), 1)
     facts = Facts.read(train, val)
-    recipe = Recipe(_base_name(base, output), cfg, frozenset(opts[::2]))
+    solver = setup_cfg(base).SOLVER  # whose learning rate belongs to its own batch
+    recipe = Recipe(_base_name(base, output), cfg, frozenset(opts[::2]), solver)
     time_step = partial(measure_step, processes=processes, clock=clock)
     decide(recipe, facts, Machine(processes, os.cpu_count() or 1, time_step), hours)
     check_config(recipe.cfg)  # what `retina train` would check

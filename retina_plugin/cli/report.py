@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--predictions needs --dataset")
     for package in ("hotcoco", "plotly"):  # before the long work
         optional(package, "retina report")
+    if with_model and args.against is not None:
+        _check_against(args.against, _predictions(args.output))
     try:
         with console(0):
             if args.dataset is not None:
@@ -125,5 +127,19 @@ def predict(args: argparse.Namespace) -> tuple[str, str, str]:
     Path(args.output).mkdir(parents=True, exist_ok=True)
     evaluator = FastCOCOEvaluator(dataset, args.output)
     Trainer.test(cfg, load_model(cfg, resume=False), [evaluator])
-    found = os.path.join(args.output, "coco_instances_results.json")
-    return found, dataset, f"{config} with {cfg.MODEL.WEIGHTS}"
+    return _predictions(args.output), dataset, f"{config} with {cfg.MODEL.WEIGHTS}"
+
+
+def _predictions(folder: str) -> str:
+    """The file that Detectron2's evaluators write."""
+    return os.path.join(folder, "coco_instances_results.json")
+
+
+def _check_against(against: str, predictions: str) -> None:
+    """Raise a :class:`ConfigError` if it is not there, or the model's own would replace it."""
+    if not os.path.isfile(against):
+        raise ConfigError(f"--against {against}: there is no such file")
+    if os.path.realpath(against) == os.path.realpath(predictions):
+        raise ConfigError(
+            f"--against {against}: the new detections would replace it: name another --output"
+        )

@@ -34,15 +34,35 @@ __all__ = [
 ]
 
 
+_HELP = {
+    "config_file": "a file, or the name of one of the paper's configs",
+    "resume": "go on exactly where the last checkpoint of OUTPUT_DIR stopped",
+    "eval_only": "evaluate MODEL.WEIGHTS, train nothing",
+    "num_gpus": "number of GPUs per machine (default: all; 0: train on the CPU)",
+    "opts": "pairs that override the config",
+}
+_EXAMPLES = """examples:
+  {prog} --config-file retina_R50_600.yaml --num-gpus 8
+  {prog} --config-file cfg.yaml MODEL.WEIGHTS model.pth SOLVER.BASE_LR 0.001
+  {prog} --config-file cfg.yaml --resume
+  on two machines, with --machine-rank 1 on the other:
+  {prog} --config-file cfg.yaml --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT
+"""
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's command line, except that ``--num-gpus`` defaults to all GPUs."""
-    parser = default_argument_parser()
+    script = Path(sys.argv[0]).name
+    prog = "python train_net.py" if script == "train_net.py" else "retina train"
+    parser = default_argument_parser(epilog=_EXAMPLES.format(prog=prog))
+    parser.prog = prog
     parser.set_defaults(num_gpus=None)
     for action in parser._actions:
-        if action.dest == "num_gpus":
-            action.help = "number of GPUs per machine (default: all; 0: train on the CPU)"
+        action.help = _HELP.get(action.dest, action.help)
         if action.dest == "config_file":
             action.required = True
+        if action.dest == "opts":
+            action.metavar = "KEY VALUE"
     return parser
 
 

@@ -65,7 +65,8 @@ def decide(recipe: Recipe, facts: Facts, machine: Machine, hours: float | None =
         ConfigError: a step of the training fails.
     """
     cfg = recipe.cfg
-    base_rate, base_batch = cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH
+    solver = recipe.base_solver or cfg.SOLVER
+    base_rate, base_batch = solver.BASE_LR, solver.IMS_PER_BATCH
     recipe.title += [
         "Written by `retina init`. Every value may be changed; the reason stands above it.",
     ]

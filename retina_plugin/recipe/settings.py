@@ -34,6 +34,7 @@ class Recipe:
         base: what the file names as ``_BASE_``.
         cfg: the base's values, with those that the user gave. Decisions are merged into it.
         given: keys that the user gave: no decision changes them.
+        base_solver: ``SOLVER`` of the base, without what the user gave; None: ``cfg.SOLVER``.
         title: lines of the comment at the head of the file.
         warnings: what the user has to know before the training.
         settings: the decisions.
@@ -48,6 +49,7 @@ class Recipe:
     base: str
     cfg: CfgNode
     given: frozenset[str] = frozenset()
+    base_solver: CfgNode | None = None
     title: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     settings: dict[str, Setting] = field(default_factory=dict)

@@ -32,7 +32,7 @@ def test_version(capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help_of_its_own(capsys, command):
     status, text = ended(capsys, command, "--help")
-    assert status == 0 and "usage: " in text
+    assert status == 0 and f"usage: retina {command}" in text
 
 
 @pytest.mark.parametrize("argv", [[], ["fly"]])

@@ -3,6 +3,7 @@
 import pytest
 
 from retina_plugin.cli import main
+from retina_plugin.cli.init import make_recipe
 from retina_plugin.engine import setup_cfg
 
 
@@ -38,6 +39,16 @@ def test_a_set_without_boxes_is_refused(tmp_path, spec):
     with pytest.raises(SystemExit, match="has no box that training would see in 1 images"):
         main(["init", f"coco:{tmp_path / 'none.json'}", "--output", str(tmp_path / "a.yaml")])
     assert not (tmp_path / "a.yaml").exists()
+
+
+def test_the_learning_rate_follows_a_batch_that_was_given(tmp_path, spec):
+    """It is the base's for the base's batch: .03 for 8 images."""
+    given = ["MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2"]
+    base = "quick/digits_R18.yaml"
+    recipe = make_recipe(spec, None, base, tmp_path / "a.yaml", 1.0, given)
+    rate = recipe.settings["SOLVER.BASE_LR"]
+    assert rate.value == pytest.approx(0.03 * 2 / 8)
+    assert rate.reason.startswith("the base's 0.03 for 8 images, scaled linearly to 2")
 
 
 @pytest.mark.slow

@@ -35,6 +35,19 @@ def test_of_a_model_and_of_its_predictions(weights, capsys):
     assert Path("again", "report.html").is_file()
 
 
+def test_detections_to_compare_with_are_not_replaced(weights):
+    """Else the model would be compared with itself."""
+    Path("out").mkdir()
+    earlier = Path("out", "coco_instances_results.json")
+    earlier.write_text("[]")
+    against = ["--against", str(earlier.resolve())]
+    with pytest.raises(SystemExit, match="new detections would replace it: name another --output"):
+        retina(["report", *weights, "--output", "out", *against])
+    with pytest.raises(SystemExit, match=r"--against no\.json: there is no such file"):
+        retina(["report", *weights, "--output", "new", "--against", "no.json"])
+    assert earlier.read_text() == "[]" and not Path("new").exists()
+
+
 def test_models_on_a_set_without_objects_have_no_difference(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     content = {
