@@ -114,11 +114,10 @@ def _judge(claim: Claim, other: str, measured: Results, spread: SeedSpread) -> J
         holds = abs(difference) <= limit
         clear = (-limit <= low and high <= limit) if holds else (low > limit or high < -limit)
         found += f" (within {limit:g})"
-    if not clear:
-        doubts.append("not clear")
-    verdict = ", ".join([f"{'yes' if holds else '**no**'}: {found}", *doubts])
+    answer = ("yes" if holds else "**no**") if clear else "not clear"
+    verdict = ", ".join([f"{answer}: {found}", *doubts])
     interval = (difference, low, high)
-    return Judgement(shown, holds, not doubts, verdict, interval)
+    return Judgement(shown, holds, clear and not doubts, verdict, interval)
 
 
 def _shown(row: str, value: float | None, claim: Claim) -> str:

@@ -159,11 +159,11 @@ def test_difference_whose_interval_has_0_is_not_clear(tmp_path):
         Claim("too few", "1b gamma=1", ("3 CE",)),
     ]
     found = verdicts(page(tmp_path, rows, claims))
-    assert re.fullmatch(r"yes: \+1\.0 \[-\d\.\d, \+\d\.\d\], not clear", found["doubtful"])
+    assert re.fullmatch(r"not clear: \+1\.0 \[-\d\.\d, \+\d\.\d\]", found["doubtful"])
     assert re.fullmatch(r"yes: \+18\.0 \[\+1\d\.\d, \+\d+\.\d\]", found["clear"])
     assert re.fullmatch(r"\*\*no\*\*: -18\.0 \[-\d+\.\d, -1\d\.\d\]", found["clearly wrong"])
     assert re.fullmatch(r"yes: \+0\.5 \[-0\.\d, \+1\.\d\] \(within 2\)", found["about equal"])
-    assert re.fullmatch(r"yes: \+1\.0 .* \(within 2\), not clear", found["perhaps equal"])
+    assert re.fullmatch(r"not clear: \+1\.0 .* \(within 2\)", found["perhaps equal"])
     assert re.fullmatch(r"yes: \+13\.0 \[\+1\d\.\d, \+1\d\.\d\], one seed", found["too few"])
     assert re.fullmatch(r"\*\*no\*\*: -17\.0 .* \(within 2\)", found["not equal"])
 
