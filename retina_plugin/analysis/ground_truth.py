@@ -75,8 +75,8 @@ class GroundTruth:
         try:
             images = _by_id(coco["images"])
             categories = _by_id(coco["categories"])
-            fill_in({"annotations": annotations})
             annotations = _of_images(annotations, images, name)
+            fill_in({"annotations": annotations})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{name}: an image, category or annotation is incomplete ({first_line(error)}): "

@@ -9,12 +9,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from tabulate import tabulate
 
 from retina_plugin.cache import atomic_write
 from retina_plugin.data import register_datasets
-from retina_plugin.data.formats import unknown_dataset
+from retina_plugin.data.formats import parse, unknown_dataset
 from retina_plugin.data.splitting import group_by, split
 from retina_plugin.doctor.annotations import check_annotations
 from retina_plugin.doctor.findings import Severity
@@ -62,11 +62,10 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = argument_parser().parse_args(argv)
     files = [Path(args.output, f"{part}.json") for part in ("train", "val")]
-    for file in files:
-        if file.exists() and not args.overwrite:
-            raise ConfigError(f"{file} is there: name another --output, or add --overwrite")
     with console(0):
-        content, image_root = _read(args.dataset)
+        metadata = _find(args.dataset)
+        _check_output(files, args.dataset, metadata, args.overwrite)
+        content = _read(str(metadata.json_file))
         by_group = args.group or args.group_pattern
         group = group_by(args.group, args.group_pattern) if by_group else None
         parts = split(content, args.val, args.seed, group)
@@ -77,15 +76,15 @@ def main(argv: list[str] | None = None) -> None:
         except OSError as error:
             raise ConfigError(f"cannot write {file}: {error.strerror or error}") from None
     print(_table(content, parts))
-    for name in _missing(content, parts):
-        print(f"warning: {name}")
-    root = _short(image_root)
+    for warning in (*_left_out(content), *_missing(content, parts)):
+        print(f"warning: {warning}")
+    root = _short(str(metadata.get("image_root") or ""))
     names = [f"coco:{file}:{root}" for file in files]
     print(f'\nNext, in a config:\n\nDATASETS:\n  TRAIN: ["{names[0]}"]\n  TEST: ["{names[1]}"]')
 
 
-def _read(name: str) -> tuple[dict[str, Any], str]:
-    """The content of the annotation file, and the folder of its images."""
+def _find(name: str) -> Metadata:
+    """Of the dataset, with the annotation file in its place."""
     register_datasets([name])
     if name not in DatasetCatalog:
         raise ConfigError(unknown_dataset(name))
@@ -93,14 +92,29 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
     prepare = metadata.get("prepare")
     if prepare is not None:
         prepare()
-    json_file = metadata.get("json_file")
-    if json_file is None:
+    if metadata.get("json_file") is None:
         raise ConfigError(f"{name} has no annotation file in COCO's format: it cannot be split")
+    return metadata
+
+
+def _check_output(files: list[Path], name: str, metadata: Metadata, overwrite: bool) -> None:
+    """Raise if a file is there, or if the dataset is read from it: a split would shrink it."""
+    spec = parse(name)  # csv: and yolo: name a file that is not the metadata's
+    inputs = [Path(metadata.json_file), *([Path(spec.path)] if spec else [])]
+    there = [file for file in files if file.exists()]
+    for file in there:
+        if any(path.exists() and file.samefile(path) for path in inputs):
+            raise ConfigError(f"{file} is a file that {name} is read from: name another --output")
+    if there and not overwrite:
+        raise ConfigError(f"{there[0]} is there: name another --output, or add --overwrite")
+
+
+def _read(json_file: str) -> dict[str, Any]:
     content = read_annotations(json_file)
-    for finding in check_annotations(str(json_file), content, train=False, test=False):
+    for finding in check_annotations(json_file, content, train=False, test=False):
         if finding.severity is Severity.ERROR:
             raise ConfigError(f"{finding.where}: {finding.what} (`retina doctor` lists all)")
-    return content, str(metadata.get("image_root") or "")
+    return content
 
 
 def _short(folder: str) -> str:
@@ -119,6 +133,15 @@ def _table(content: dict[str, Any], parts: tuple[dict[str, Any], ...]) -> str:
     rows += [["boxes", *(sum(count.values()) for count in counts)]]
     rows += [[f"  {c['name']}", *(n[c["id"]] for n in counts)] for c in content["categories"]]
     return tabulate(rows, ["", "train", "val"], tablefmt="simple", preserve_whitespace=True)
+
+
+def _left_out(content: dict[str, Any]) -> list[str]:
+    known = {image["id"] for image in content["images"]}
+    ids = [a["image_id"] for a in content.get("annotations", []) if a["image_id"] not in known]
+    if not ids:
+        return []
+    boxes = "1 box is" if len(ids) == 1 else f"{len(ids):,} boxes are"
+    return [f"{boxes} left out, of an image that the file does not have (image_id {ids[0]!r})"]
 
 
 def _missing(content: dict[str, Any], parts: tuple[dict[str, Any], ...]) -> list[str]:

@@ -21,6 +21,7 @@ def split(
     """Two files' contents, for training and validation, with all classes in both.
 
     An image, or a group of images, is in one of them only. Images with the same file count as one.
+    Annotations of images that the file does not have are left out.
     The order of the groups is the digest of seed and group, so it does not depend on the file's.
 
         train, val = split(json.load(open("all.json")), 0.2, group=group_by("video_id"))

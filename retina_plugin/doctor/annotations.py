@@ -82,9 +82,6 @@ def check_annotations(
     }
     for key, entries in lists.items():
         yield from _check_ids(path, key, entries)
-    if test and any(entry.get("id") == 0 for entry in _records(lists["annotations"])):
-        what = "has an annotation with the id 0, whose detection pycocotools counts as a false one"
-        yield Finding(_WARNING, path, what, "number annotations from 1")
     if all_keys:
         yield from _check_images(path, lists["images"])
     yield from _check_categories(path, lists["categories"])
@@ -193,13 +190,15 @@ def _check_entries(path: str, lists: dict[str, list[Any]], test: bool) -> Iterat
     rows: list[dict[str, Any]] = []
     places: list[int] = []
     classes: list[int] = []
+    orphans: list[dict[str, Any]] = []
     for annotation in annotations:  # the one loop that is long: COCO has 860,000
         image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
         place = images.get(image_id) if type(image_id) in _ID_TYPES else None
         category = categories.get(category_id) if type(category_id) in _ID_TYPES else None
-        if place is None:
-            known = type(image_id) in _ID_TYPES
-            tally.add(_ORPHAN if known else _NO_IMAGE_ID, describe(annotation))
+        if place is None and type(image_id) in _ID_TYPES:
+            orphans.append(annotation)
+        elif place is None:
+            tally.add(_NO_IMAGE_ID, describe(annotation))
         if category is None:
             tally.add(_UNKNOWN_CATEGORY, f"category_id {category_id!r}, {describe(annotation)}")
         if annotation.get("bbox") is None:
@@ -210,6 +209,18 @@ def _check_entries(path: str, lists: dict[str, list[Any]], test: bool) -> Iterat
             classes.append(-1 if category is None else category)
         for kind, example in _optional_faults(annotation, test):
             tally.add(kind, f"{example}{describe(annotation)}")
+    if images and orphans and len(orphans) == len(annotations):
+        # some are left out, but without any there is nothing to learn or to measure
+        what = (
+            f"has no annotation of an image that it has ({len(orphans)} annotations, the first: "
+            f"image_id {orphans[0]['image_id']!r}; {len(images)} images, the first: id "
+            f"{next(iter(images))!r})"
+        )
+        fix = "give image_id the images' ids: in both as numbers, or in both as texts"
+        yield Finding(_ERROR, path, what, fix)
+    else:
+        for annotation in orphans:
+            tally.add(_ORPHAN, describe(annotation))
     yield from tally.findings(len(annotations))
     boxes, unreadable = as_boxes([annotation["bbox"] for annotation in rows])
     image_index = np.array(places, np.int64)

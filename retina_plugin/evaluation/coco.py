@@ -24,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 from retina_plugin.errors import ConfigError
 from retina_plugin.registry import ComponentRegistry
 
-from .detections import Detections, as_rows, fill_in, optional_import
+from .detections import Detections, as_rows, optional_import, prepare_truth
 
 __all__ = ["EVALUATOR_REGISTRY", "COCOEvaluator", "FastCOCOEvaluator"]
 
@@ -46,7 +46,7 @@ class COCOEvaluator(Detectron2COCOEvaluator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        fill_in(self._coco_api.dataset)
+        prepare_truth(self._coco_api)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, dataset_name: str, output_dir: str) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
             use_fast_impl=False,
             allow_cached_coco=False,  # it may be that of a dataset that has changed
         )
-        fill_in(self._coco_api.dataset)
+        prepare_truth(self._coco_api)
         self._dataset_name = dataset_name
         self._predictions: list[Detections] = []
 
@@ -242,11 +242,9 @@ class FastCOCOEvaluator(Detectron2COCOEvaluator):
         if hotcoco is None:
             return "`import hotcoco` fails, pip install 'retina_plugin[fast]' for 50x the speed"
         truth = self._coco_api
-        ids = itertools.chain(truth.imgs, truth.anns, truth.cats)
+        ids = itertools.chain(truth.imgs, truth.cats)
         if not all(isinstance(i, int) and 0 <= i < 2**53 for i in ids):
             return "ids are not whole numbers below 2^53"  # as_rows makes float64 of them
-        if 0 in truth.anns:
-            return "an annotation has id 0, which means 'no match' to pycocotools"
         annotations = truth.dataset["annotations"]
         if len(annotations) != len(truth.anns):
             return "two annotations have the same id"

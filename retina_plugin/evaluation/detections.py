@@ -9,8 +9,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+from pycocotools.coco import COCO
 
-__all__ = ["Detections", "as_rows", "fill_in", "optional_import"]
+__all__ = ["Detections", "as_rows", "fill_in", "optional_import", "prepare_truth"]
 
 
 def optional_import(name: str) -> ModuleType | None:
@@ -86,3 +87,28 @@ def fill_in(coco: dict[str, Any]) -> None:
         if annotation.get("area") is None and "bbox" in annotation:
             _, _, width, height = annotation["bbox"]
             annotation["area"] = width * height
+
+
+def prepare_truth(truth: COCO) -> None:
+    """Make an annotation file what pycocotools and hotcoco read rightly.
+
+    - Annotations of images that the file does not have are left out: pycocotools does not read
+      them, and hotcoco fails if the image's id is negative or a text.
+    - :func:`fill_in`.
+    - Annotations are numbered from 1, which changes no metric. pycocotools keeps the id of a match
+      as a float, where 0 means that there is none: a text fails, and the detection of an annotation
+      with the id 0 counts as a false one. Where two have the same id, as in COCO 2014's minival,
+      ids stay: pycocotools counts one of the two twice, and metrics equal its.
+
+    Args:
+        truth: as loaded; it is changed.
+    """
+    if "annotations" not in truth.dataset:
+        return
+    annotations = [a for a in truth.dataset["annotations"] if a["image_id"] in truth.imgs]
+    truth.dataset["annotations"] = annotations
+    fill_in(truth.dataset)
+    if len({annotation["id"] for annotation in annotations}) == len(annotations):
+        for number, annotation in enumerate(annotations, start=1):
+            annotation["id"] = number
+    truth.anns = {annotation["id"]: annotation for annotation in annotations}

@@ -260,6 +260,35 @@ def test_faulty_test_set_raises(coco, found, key):
     assert any("val.json" in line and f"has no {key}" in line for line in errors)
 
 
+@pytest.mark.parametrize("ids", [lambda i: i - 1, "x{}".format, lambda i: -i], ids="0 x -".split())
+def test_test_set_with_odd_annotation_ids_passes(coco, found, ids):
+    """The evaluation numbers annotations itself; pycocotools takes 0 for "no match"."""
+    edit = lambda c: [a.update(id=ids(a["id"])) for a in c["annotations"]] and None  # noqa: E731
+    assert found(coco(edit, "val")) == ([], [])
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_annotations_of_unknown_images_only_are_one_error(coco, found, split):
+    """Detectron2 says "No valid data found", or AP would be NaN. The line has both kinds of id."""
+
+    def edit(content):
+        for annotation in content["annotations"]:
+            annotation["image_id"] = str(annotation["image_id"])
+
+    cfg = coco(edit, split)
+    path = MetadataCatalog.get(f"test_{split}").json_file
+    content = read_annotations(path)
+    errors, warnings = found(cfg)
+    assert errors == [
+        f"{path}: has no annotation of an image that it has ({len(content['annotations'])} "
+        f"annotations, the first: image_id '1'; {len(content['images'])} images, the first: id 1): "
+        "give image_id the images' ids: in both as numbers, or in both as texts"
+    ]
+    assert not any("they are left out" in warning for warning in warnings)
+    with pytest.raises(ConfigError, match="has no annotation of an image that it has"):
+        check_config(cfg)
+
+
 def test_test_set_without_annotations_passes(coco, found):
     """As test-dev: the detections are written, and AP is not computed."""
     assert found(coco(drop("annotations"), "val")) == ([], [])

@@ -319,13 +319,6 @@ def test_file_name_that_is_none_is_one_line(function, found):
     assert "image files are missing (1 of 1, the first: None)" in line
 
 
-def test_annotation_of_id_0_gives_a_warning(coco, found):
-    """pycocotools takes 0 for "no match"."""
-    cfg = coco(lambda content: content["annotations"][0].update(id=0), "val")
-    errors, (line,) = found(cfg)
-    assert errors == [] and "an annotation with the id 0" in line
-
-
 def test_image_folder_that_moved_is_one_error(coco, found, tmp_path):
     """Not one for each image."""
     cfg = coco()

@@ -3,12 +3,15 @@
 import copy
 import json
 import logging
+import uuid
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from retina_plugin.errors import ConfigError
 from retina_plugin.evaluation import COCOEvaluator, FastCOCOEvaluator, coco
@@ -197,11 +200,6 @@ def hotcoco_not_installed(monkeypatch, contents, detections):
     monkeypatch.setattr(coco, "hotcoco", None)
 
 
-def annotation_id_0(monkeypatch, contents, detections):
-    for annotation in contents["annotations"]:
-        annotation["id"] -= 1
-
-
 def image_ids_are_names(monkeypatch, contents, detections):
     for record in contents["images"]:
         record["id"] = f"image {record['id']}"
@@ -222,7 +220,6 @@ def score_is_nan(monkeypatch, contents, detections):
     ("change", "reason"),
     [
         (hotcoco_not_installed, "`import hotcoco` fails, pip install"),
-        pytest.param(annotation_id_0, "an annotation has id 0", marks=needs_hotcoco),
         pytest.param(image_ids_are_names, "ids are not whole numbers", marks=needs_hotcoco),
         pytest.param(same_id_twice, "two annotations have the same id", marks=needs_hotcoco),
         pytest.param(score_is_nan, "a detection is not finite", marks=needs_hotcoco),
@@ -301,6 +298,104 @@ def test_missing_area_and_crowd_are_filled_in(dataset, monkeypatch, missing, wit
     dataset(contents)
     for cls in (FastCOCOEvaluator, COCOEvaluator):
         assert_equal(evaluator_of(cls, detections).evaluate(), expected)
+
+
+def both(detections):
+    """The metrics of both evaluators."""
+    return [evaluator_of(cls, detections).evaluate() for cls in (FastCOCOEvaluator, COCOEvaluator)]
+
+
+@pytest.mark.parametrize("with_hotcoco", [pytest.param(True, marks=needs_hotcoco), False])
+@pytest.mark.parametrize(
+    "new",
+    [lambda i: i - 1, lambda i: f"x{i}", lambda i: str(uuid.UUID(int=i)), lambda i: str(99 - i),
+     lambda i: -i, lambda i: i + 2**60, lambda i: i / 2],
+    ids=["from 0", "texts", "UUIDs", "numbers as texts", "negative", "large", "floats"],
+)  # fmt: skip
+def test_ids_of_annotations_do_not_matter(dataset, monkeypatch, caplog, new, with_hotcoco):
+    """The metrics are pycocotools' of the file that is numbered from 1, which it reads rightly."""
+    if not with_hotcoco:
+        monkeypatch.setattr(coco, "hotcoco", None)
+    caplog.set_level(logging.DEBUG, "retina_plugin")
+    for seed in range(3):
+        contents, detections = scenes(seed)
+        path = dataset(contents)
+        expected = pycocotools_stats(path, detections)
+        for annotation in contents["annotations"]:
+            annotation["id"] = new(annotation["id"])
+        dataset(contents)
+        for cls in (FastWithSummary, SlowWithSummary):
+            evaluator = evaluator_of(cls, detections)
+            evaluator.evaluate()
+            assert np.array_equal(evaluator.summary.stats, expected)
+    assert ("Evaluating with hotcoco" in caplog.text) == with_hotcoco
+
+
+def pycocotools_stats(path, detections):
+    """The 12 statistics, by pycocotools alone: no code of the plugin or of Detectron2."""
+    truth = COCO(str(path))
+    categories = sorted(truth.cats)
+    results = [
+        {"image_id": image, "category_id": categories[k], "score": score,
+         "bbox": (box - np.array([0, 0, *box[:2]], np.float32)).tolist()}
+        for image, found in detections
+        for box, score, k in zip(
+            found.pred_boxes.tensor.numpy(), found.scores.tolist(), found.pred_classes.tolist()
+        )
+    ]  # fmt: skip
+    direct = COCOeval(truth, truth.loadRes(results), "bbox")
+    direct.evaluate()
+    direct.accumulate()
+    direct.summarize()
+    assert 0 < direct.stats[0] < 1  # not trivial
+    return direct.stats
+
+
+@pytest.mark.parametrize("with_hotcoco", [pytest.param(True, marks=needs_hotcoco), False])
+def test_annotation_of_id_0_counts(dataset, monkeypatch, with_hotcoco):
+    """pycocotools would give half of this AP: it takes the id 0 for "no match"."""
+    if not with_hotcoco:
+        monkeypatch.setattr(coco, "hotcoco", None)
+    box = {"category_id": 1, "bbox": [10, 10, 40, 40], "area": 1600, "iscrowd": 0}
+    dataset(
+        {
+            "images": [{"id": i, "file_name": "", "height": 99, "width": 99} for i in (1, 2)],
+            "annotations": [{"id": i, "image_id": i + 1, **box} for i in (0, 1)],
+            "categories": [{"id": 1, "name": "a"}],
+        }
+    )
+    found = Instances(
+        (99, 99),
+        pred_boxes=Boxes(torch.tensor([[10.0, 10, 50, 50]])),
+        scores=torch.tensor([0.9]),
+        pred_classes=torch.tensor([0]),
+    )
+    for result in both([(1, found), (2, found)]):
+        assert result["bbox"]["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("with_hotcoco", [pytest.param(True, marks=needs_hotcoco), False])
+@pytest.mark.parametrize("image_id", [-1, "1", "a.png", 10**6, 0.5])
+def test_annotations_of_unknown_images_are_left_out(
+    dataset, monkeypatch, caplog, image_id, with_hotcoco
+):
+    """The metrics are those of the file without them."""
+    if not with_hotcoco:
+        monkeypatch.setattr(coco, "hotcoco", None)
+    caplog.set_level(logging.DEBUG, "retina_plugin")
+    contents, detections = scenes(2)
+    path = dataset(contents)
+    expected = pycocotools_stats(path, detections)
+    for k, annotation in enumerate(copy.deepcopy(contents["annotations"][:3])):
+        contents["annotations"].insert(k, {**annotation, "id": 1000 + k, "image_id": image_id})
+    del contents["annotations"][0]["area"]
+    contents["annotations"][0]["bbox"] = []  # nobody looks at it
+    dataset(contents)
+    for cls in (FastWithSummary, SlowWithSummary):
+        evaluator = evaluator_of(cls, detections)
+        evaluator.evaluate()
+        assert np.array_equal(evaluator.summary.stats, expected)
+    assert ("Evaluating with hotcoco" in caplog.text) == with_hotcoco
 
 
 def test_byte_order_mark_does_not_matter(dataset):
