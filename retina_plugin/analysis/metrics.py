@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ def analyze(
         comparison = compare(
             (evaluation, at.images), (its_evaluation, its.images), its.shown, resamples
         )
-    tide = evaluation.coco.tide_errors(IOU)
+    tide = _tide(truth, found, evaluation)
     calibration = evaluation.coco.calibration(10, IOU)
     per_class_ece = calibration.pop("per_category")
     return Analysis(
@@ -110,6 +111,21 @@ def analyze(
         ),
         comparison=comparison,
     )
+
+
+def _tide(truth: GroundTruth, found: Found, evaluation: Evaluation) -> dict[str, Any]:
+    """TIDE's errors. In TIDE, a crowd is no object, and a detection on it is no error.
+
+    hotcoco takes a crowd for an object that a detection is near. So it gets neither the crowds nor
+    the detections that do not count, which leaves AP as it is.
+    """
+    if truth.crowds.any():
+        names = ("images", "classes", "boxes", "areas", "crowds")
+        objects = {name: getattr(truth, name)[~truth.crowds] for name in names}
+        truth = dataclasses.replace(truth, **objects)
+        evaluation = Evaluation(truth, found[evaluation.right >= 0])
+    tide: dict[str, Any] = evaluation.coco.tide_errors(IOU)
+    return tide
 
 
 class AtThresholds:

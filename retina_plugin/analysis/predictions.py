@@ -131,11 +131,9 @@ def _classes(entries: list[dict[str, Any]], truth: GroundTruth, where: str) -> n
 def _images(entries: list[dict[str, Any]], truth: GroundTruth, where: str) -> np.ndarray:
     place: dict[Any, int] = {i: k for k, i in enumerate(truth.image_ids)}
     key = "image_id"
-    if entries and all(isinstance(entry.get("file_name"), str) for entry in entries):
-        files = {entry["file_name"] for entry in entries}
-        by_file = _match_files(files, truth)
-        if by_file:
-            place, key = by_file, "file_name"
+    has_files = all(isinstance(entry.get("file_name"), str) for entry in entries)
+    if entries and has_files and any(truth.file_names):
+        place, key = _match_files({entry["file_name"] for entry in entries}, truth), "file_name"
     try:
         return np.array([place[entry[key]] for entry in entries], np.int64)
     except (KeyError, TypeError):

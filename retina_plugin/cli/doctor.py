@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from retina_plugin.doctor import (
     named_quick_checks,
     write_report,
 )
+from retina_plugin.doctor.schedule import check_scaled
 from retina_plugin.engine import check_devices, find_config, setup_cfg
 from retina_plugin.engine.console import console
 from retina_plugin.engine.timing import measure_step
@@ -48,7 +50,11 @@ def examine(cfg: CfgNode, report: Report, *, quick: bool = False) -> None:
     except ConfigError:
         processes = 1  # the check of the machine has said why
     if not report.has_error("SOLVER."):
-        report.run("batch", lambda: check_batch_size(cfg, processes))
+        # From here on, the numbers are those of the training that would run on this machine.
+        written, cfg = cfg, DefaultTrainer.auto_scale_workers(cfg, processes)
+        report.run(
+            "batch", lambda: (*check_scaled(written, cfg), *check_batch_size(cfg, processes))
+        )
     if not quick:
         report.run("images", lambda: check_images(cfg, progress=_progress()))
     time_step = None if quick else partial(measure_step, cfg, processes)

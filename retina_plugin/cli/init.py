@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from retina_plugin.cache import atomic_write
-from retina_plugin.engine import check_devices, setup_cfg
+from retina_plugin.engine import Trainer, check_devices, setup_cfg
 from retina_plugin.engine.checks import check_config
 from retina_plugin.engine.console import console
 from retina_plugin.engine.timing import measure_step
@@ -96,9 +96,13 @@ def make_recipe(
     names = ["DATASETS.TRAIN", repr((train,)), "DATASETS.TEST", repr(tests)]
     cfg = setup_cfg(base, [*opts, *names])
     processes = max(check_devices(cfg, None), 1)
+    given = frozenset(opts[::2])
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        cfg = Trainer.auto_scale_workers(cfg, processes)
+        given -= {"SOLVER.REFERENCE_WORLD_SIZE"}  # what is decided is for these processes
     facts = Facts.read(train, val)
     solver = setup_cfg(base).SOLVER  # whose learning rate belongs to its own batch
-    recipe = Recipe(_base_name(base, output), cfg, frozenset(opts[::2]), solver)
+    recipe = Recipe(_base_name(base, output), cfg, given, solver)
     time_step = partial(measure_step, processes=processes, clock=clock)
     decide(recipe, facts, Machine(processes, os.cpu_count() or 1, time_step), hours)
     check_config(recipe.cfg)  # what `retina train` would check

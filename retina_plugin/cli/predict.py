@@ -148,7 +148,7 @@ class _Run:
         self.output, self.csv, self.draws = Path(args.output), args.csv, not args.no_images
         self.failures = 0
         self.stopped = threading.Event()
-        self._ids, self._image_names, self._video_names = ImageIds(), FileNames(), FileNames()
+        self._image_names, self._video_names = FileNames(), FileNames()
 
     def failed(self, source: Any, error: Exception) -> None:
         """Name what was left out."""
@@ -159,6 +159,7 @@ class _Run:
     def __call__(self, predictor: RetinaPredictor, sources: list[str | int]) -> None:
         images = [s for s in sources if isinstance(s, str) and not is_video(s)]
         videos = [s for s in sources if not isinstance(s, str) or is_video(s)]
+        self._ids = ImageIds(images)
         self.output.mkdir(parents=True, exist_ok=True)
         number = 0
         with contextlib.ExitStack() as stack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
 from PIL import Image
 
 from retina_plugin.errors import ConfigError, check_choice
@@ -13,6 +14,9 @@ from retina_plugin.losses import check_backend
 from retina_plugin.optional import optional
 
 from .findings import Finding, Severity
+from .matches import has_anchors
+from .model import check_detector, check_parts
+from .schedule import check_schedule
 from .values import check_values, is_list, is_number
 
 __all__ = ["check_config"]
@@ -30,6 +34,13 @@ _INSTEAD_OF_ROI_HEADS = {
     "POSITIVE_FRACTION": "MODEL.RETINANET.SAMPLER",
 }
 
+# Anchor generators that read one list a level, or one for all. Another one may read them otherwise.
+_ANCHORS_BY_LEVEL = (
+    "DefaultAnchorGenerator",
+    "DetectronAnchorGenerator",
+    "TorchvisionAnchorGenerator",
+)
+
 
 def check_config(cfg: CfgNode, eval_only: bool = False) -> Iterator[Finding]:
     """Impossible values, keys that contradict each other, keys without an effect.
@@ -42,9 +53,10 @@ def check_config(cfg: CfgNode, eval_only: bool = False) -> Iterator[Finding]:
     impossible = {finding.where for finding in bad}
     checks: list[tuple[Callable[[CfgNode], Iterator[Finding]], bool]] = [
         (_check_pixels, False),
+        (_check_parts, False),
         (_check_anchors, False),
         (_check_top_levels, False),
-        (_check_schedule, True),
+        (check_schedule, True),
         (_check_iou_labels, True),
         (_check_training_sizes, True),
         (_check_loss, True),
@@ -102,9 +114,26 @@ def _check_pixels(cfg: CfgNode) -> Iterator[Finding]:
         )
 
 
+def _check_parts(cfg: CfgNode) -> Iterator[Finding]:
+    yield from check_detector(cfg)
+    if has_anchors(cfg):  # a detector of the user's own may read these keys otherwise
+        yield from check_parts(cfg)
+
+
 def _check_anchors(cfg: CfgNode) -> Iterator[Finding]:
     generator, levels = cfg.MODEL.ANCHOR_GENERATOR, cfg.MODEL.RETINANET.IN_FEATURES
-    if generator.NAME not in ("DefaultAnchorGenerator", "TorchvisionAnchorGenerator"):
+    if not has_anchors(cfg):
+        return
+    key = "MODEL.ANCHOR_GENERATOR.NAME"
+    try:
+        check_choice(key, generator.NAME, [name for name, _ in ANCHOR_GENERATOR_REGISTRY])
+    except ConfigError as error:
+        yield _error(key, str(error).removeprefix(f"{key}: "))
+        return
+    if getattr(ANCHOR_GENERATOR_REGISTRY.get(generator.NAME), "box_dim", 4) != 4:
+        what = f"{generator.NAME} gives no boxes of four numbers, which RetinaNet needs"
+        yield _error(key, what, "set it to DefaultAnchorGenerator")
+    if generator.NAME not in _ANCHORS_BY_LEVEL:
         return
     for name in ("SIZES", "ASPECT_RATIOS"):
         given = generator[name]
@@ -133,43 +162,6 @@ def _check_top_levels(cfg: CfgNode) -> Iterator[Finding]:
             f"False is not read by MODEL.BACKBONE.NAME {builder}",
             "set MODEL.BACKBONE.NAME build_retina_fpn_backbone",
         )
-
-
-def _check_schedule(cfg: CfgNode) -> Iterator[Finding]:
-    solver = cfg.SOLVER
-    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        late = [step for step in solver.STEPS if step > solver.MAX_ITER]
-        if late:
-            yield Finding(
-                Severity.WARNING,
-                "SOLVER.STEPS",
-                f"{late[0]} lies beyond SOLVER.MAX_ITER {solver.MAX_ITER}: the learning rate does "
-                "not drop there",
-                "scale SOLVER.STEPS with SOLVER.MAX_ITER",
-            )
-        if solver.MAX_ITER in solver.STEPS:
-            yield _error(
-                "SOLVER.STEPS",
-                f"{solver.MAX_ITER} is SOLVER.MAX_ITER: the learning rate would drop after the end",
-                "take it out",
-            )
-    if solver.WARMUP_ITERS >= solver.MAX_ITER:
-        yield Finding(
-            Severity.WARNING,
-            "SOLVER.WARMUP_ITERS",
-            f"{solver.WARMUP_ITERS} is not below SOLVER.MAX_ITER {solver.MAX_ITER}: the learning "
-            "rate never reaches SOLVER.BASE_LR",
-            "shorten the warm-up",
-        )
-    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR" and not (
-        is_number(solver.BASE_LR_END) and 0 <= solver.BASE_LR_END <= solver.BASE_LR
-    ):
-        yield _error(
-            "SOLVER.BASE_LR_END",
-            f"must be a number from 0 to SOLVER.BASE_LR {solver.BASE_LR}, got {solver.BASE_LR_END}",
-        )
-    if solver.NESTEROV and solver.MOMENTUM == 0:
-        yield _error("SOLVER.NESTEROV", "needs momentum", "set SOLVER.MOMENTUM above 0")
 
 
 def _check_iou_labels(cfg: CfgNode) -> Iterator[Finding]:

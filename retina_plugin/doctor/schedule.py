@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from detectron2.config import CfgNode
 
 from .findings import Finding, Severity
+from .values import check_values, is_number
 
-__all__ = ["schedule_findings"]
+__all__ = ["check_reference", "check_scaled", "check_schedule", "schedule_findings"]
 
 # The paper's batch and learning rate (section 4.1, "Optimization"), to which the linear scaling
 # rule (Goyal et al., arXiv:1706.02677) refers.
@@ -17,6 +18,91 @@ _FAR = 3  # factor from the rule that is a warning for pretrained weights
 _FAR_FROM_SCRATCH = 10  # the same for a training from scratch, which takes larger rates
 _NEAR = 2  # factor that is not worth a word
 _LONG_WARM_UP = 0.2  # share of a training
+
+
+def check_schedule(cfg: CfgNode) -> Iterator[Finding]:
+    """Keys of ``SOLVER`` that contradict each other."""
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        late = [step for step in solver.STEPS if step > solver.MAX_ITER]
+        if late:
+            yield Finding(
+                Severity.WARNING,
+                "SOLVER.STEPS",
+                f"{late[0]} lies beyond SOLVER.MAX_ITER {solver.MAX_ITER}: the learning rate does "
+                "not drop there",
+                "scale SOLVER.STEPS with SOLVER.MAX_ITER",
+            )
+        if solver.MAX_ITER in solver.STEPS:
+            yield _error(
+                "SOLVER.STEPS",
+                f"{solver.MAX_ITER} is SOLVER.MAX_ITER: the learning rate would drop after the end",
+                "take it out",
+            )
+    if solver.WARMUP_ITERS >= solver.MAX_ITER:
+        what = f"{solver.WARMUP_ITERS} is not below SOLVER.MAX_ITER {solver.MAX_ITER}: "
+        # Detectron2 divides by the iterations that follow the warm-up.
+        rescaled = solver.RESCALE_INTERVAL
+        yield Finding(
+            Severity.ERROR if rescaled else Severity.WARNING,
+            "SOLVER.WARMUP_ITERS",
+            f"{what}SOLVER.RESCALE_INTERVAL True needs iterations after it"
+            if rescaled
+            else f"{what}the learning rate never reaches SOLVER.BASE_LR",
+            "shorten the warm-up",
+        )
+    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR" and not (
+        is_number(solver.BASE_LR_END) and 0 <= solver.BASE_LR_END <= solver.BASE_LR
+    ):
+        yield _error(
+            "SOLVER.BASE_LR_END",
+            f"must be a number from 0 to SOLVER.BASE_LR {solver.BASE_LR}, got {solver.BASE_LR_END}",
+        )
+    yield from check_reference(cfg)
+    if solver.NESTEROV and solver.MOMENTUM == 0:
+        yield _error("SOLVER.NESTEROV", "needs momentum", "set SOLVER.MOMENTUM above 0")
+
+
+def check_reference(cfg: CfgNode) -> Iterator[Finding]:
+    """``SOLVER.REFERENCE_WORLD_SIZE`` processes share a batch evenly, or it cannot be scaled."""
+    batch, processes = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if processes and batch % processes:
+        yield _error(
+            "SOLVER.REFERENCE_WORLD_SIZE",
+            f"{processes} processes cannot share SOLVER.IMS_PER_BATCH {batch} evenly",
+            "set it to the number of GPUs that the batch is meant for; 0 scales nothing",
+        )
+
+
+def check_scaled(cfg: CfgNode, scaled: CfgNode) -> Iterator[Finding]:
+    """What ``SOLVER.REFERENCE_WORLD_SIZE`` makes of the schedule, and whether that is possible.
+
+    Args:
+        cfg: a checked config.
+        scaled: what Detectron2's ``auto_scale_workers`` returned for it.
+    """
+    if scaled is cfg:
+        return
+    key, solver = "SOLVER.REFERENCE_WORLD_SIZE", scaled.SOLVER
+    number = f"{solver.REFERENCE_WORLD_SIZE} process{'es' * (solver.REFERENCE_WORLD_SIZE > 1)}"
+    yield Finding(
+        Severity.NOTE,
+        key,
+        f"{cfg.SOLVER.REFERENCE_WORLD_SIZE}, but here is {number}, with "
+        f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}, BASE_LR {solver.BASE_LR:.4g}, MAX_ITER "
+        f"{solver.MAX_ITER}, STEPS {solver.STEPS} and WARMUP_ITERS {solver.WARMUP_ITERS}",
+    )
+    for finding in (*check_values(scaled, eval_only=False), *check_schedule(scaled)):
+        if finding.severity is Severity.ERROR and finding.where.startswith("SOLVER."):
+            yield _error(
+                finding.where,
+                f"{finding.what} ({key} {cfg.SOLVER.REFERENCE_WORLD_SIZE} scaled it to {number})",
+                f"change it, or set {key} 0 and the schedule of {number}",
+            )
+
+
+def _error(where: str, what: str, fix: str = "") -> Finding:
+    return Finding(Severity.ERROR, where, what, fix)
 
 
 def schedule_findings(cfg: CfgNode, num_images: int) -> Iterator[Finding]:

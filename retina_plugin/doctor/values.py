@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 from detectron2.config import CfgNode, get_cfg
 
 from retina_plugin.config import KEYS, add_retina_config, flatten
@@ -77,6 +78,9 @@ _INCREASING = _Need(
 )
 
 _BOOL = _Need("True or False", lambda v: isinstance(v, bool))
+# What Detectron2's get_norm knows.
+_NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+_NORM = _Need(f"one of {', '.join(_NORMS)}, or empty", lambda v: v in ("", None, *_NORMS))
 
 # What training and evaluation need.
 _ALWAYS: dict[str, _Need] = {
@@ -86,6 +90,11 @@ _ALWAYS: dict[str, _Need] = {
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _OF_LEVELS,
     "MODEL.ANCHOR_GENERATOR.OFFSET": _number("from 0 to below 1", lambda v: 0 <= v < 1),
     "MODEL.ANCHOR_GENERATOR.SIZES": _OF_LEVELS,
+    # torch.device raises for a name that it does not know
+    "MODEL.DEVICE": _Need(
+        "a device of PyTorch, such as cpu, cuda or cuda:1",
+        lambda v: isinstance(v, str) and torch.device(v) is not None,
+    ),
     "MODEL.FPN.OUT_CHANNELS": _whole(1),
     "MODEL.PIXEL_MEAN": _list_of(_number("", lambda v: True)),
     "MODEL.PIXEL_STD": _list_of(_POSITIVE),
@@ -109,8 +118,22 @@ _ALWAYS: dict[str, _Need] = {
     ),
 }
 
+_RESNET = {
+    "MODEL.RESNETS.DEPTH": _Need(
+        "18, 34, 50, 101 or 152", lambda v: is_whole(v) and v in (18, 34, 50, 101, 152)
+    ),
+    "MODEL.RESNETS.NORM": _NORM,
+}
+_PYRAMID = {"MODEL.FPN.FUSE_TYPE": _one_of("sum", "avg"), "MODEL.FPN.NORM": _NORM}
+
 # What both need where another key asks for it: (key, its value) -> what it needs.
 _ALWAYS_WHERE: dict[tuple[str, Any], dict[str, _Need]] = {
+    ("MODEL.BACKBONE.NAME", "build_resnet_backbone"): _RESNET,
+    ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"): _RESNET | _PYRAMID,
+    ("MODEL.BACKBONE.NAME", "build_retina_fpn_backbone"): _RESNET | _PYRAMID,
+    ("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"): _RESNET | _PYRAMID,
+    ("MODEL.BACKBONE.NAME", "build_timm_retina_fpn_backbone"): _PYRAMID,
+    ("MODEL.RETINANET.HEAD", "RetinaHead"): {"MODEL.RETINANET.NORM": _NORM},
     ("TEST.AUG.ENABLED", True): {
         "TEST.AUG.FLIP": _BOOL,
         "TEST.AUG.MAX_SIZE": _whole(1),
@@ -268,5 +291,5 @@ def _check_none(flat: Mapping[str, Any]) -> Iterator[Finding]:
 def _holds(need: _Need, value: Any) -> bool:
     try:
         return bool(need.holds(value))
-    except (TypeError, ValueError, OverflowError):  # an entry of a list has a strange type
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # of a strange type, or no device
         return False

@@ -12,7 +12,7 @@ from detectron2.utils.file_io import Detectron2Handler
 from retina_plugin.errors import ConfigError
 from retina_plugin.modeling.timm_models import check_timm_name, pixel_statistics
 from retina_plugin.weights import read_checkpoint
-from retina_plugin.weights.downloads import download
+from retina_plugin.weights.downloads import download, split_query
 from retina_plugin.weights.fit import check_finite
 from retina_plugin.weights.timm_weights import PREFIX
 
@@ -30,7 +30,7 @@ def check_weights(cfg: CfgNode, *, read: bool = False) -> Iterator[Finding]:
     path = cfg.MODEL.WEIGHTS
     if not path:
         return
-    path = path.split("?")[0]  # ?matching_heuristics=True belongs to the checkpointer
+    path, _ = split_query(path)  # ?matching_heuristics=True belongs to the checkpointer
     if path.startswith(PREFIX):
         bad = list(_check_timm(cfg, path.removeprefix(PREFIX)))
         yield from bad

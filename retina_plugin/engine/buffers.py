@@ -17,13 +17,17 @@ class WrittenBuffers:
 
     Args:
         model: whose buffers are on one device.
+        without: modules whose own buffers are left out. A frozen norm writes none, and a ResNet-101
+            has 416 of these.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, without: tuple[type[nn.Module], ...] = (FrozenBatchNorm2d,)
+    ) -> None:
         self._owners = [
             (module, name)
             for module in model.modules()
-            if not isinstance(module, FrozenBatchNorm2d)  # a ResNet-101 has 416 of these
+            if not isinstance(module, without)
             for name in module._buffers
         ]
         self._kept: dict[torch.dtype, list[tuple[nn.Module, str, Tensor]]] = {}
@@ -64,9 +68,9 @@ class WrittenBuffers:
 
 
 @contextlib.contextmanager
-def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Afterwards, the buffers of the model are as before."""
-    buffers = WrittenBuffers(model)
+def kept_buffers(model: nn.Module, *without: type[nn.Module]) -> Iterator[None]:
+    """Afterwards, the buffers of the model are as before, except those of modules ``without``."""
+    buffers = WrittenBuffers(model, (FrozenBatchNorm2d, *without))
     buffers.keep()
     try:
         yield

@@ -42,13 +42,14 @@ def measure_step(
 
     Args:
         cfg: a checked config.
-        processes: that would train; one of them is measured, with its part of the batch and
-            without the exchange of gradients.
+        processes: that would train; one of them is measured, with its part of the batch (after
+            ``SOLVER.REFERENCE_WORLD_SIZE``) and without the exchange of gradients.
         clock: gives seconds; ``time.process_time`` where other programs disturb the wall clock.
 
     Raises:
         ConfigError: the process was killed, or the training cannot start.
     """
+    cfg = Trainer.auto_scale_workers(cfg, processes)
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_run, args=(cfg.clone(), processes, clock, sender))
@@ -94,6 +95,7 @@ def _run(cfg: CfgNode, processes: int, clock: Callable[[], float], sender: Conne
 
 
 def _measure(cfg: CfgNode, processes: int, clock: Callable[[], float]) -> StepCost:
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0  # the config is scaled already
     cfg.SOLVER.IMS_PER_BATCH = max(cfg.SOLVER.IMS_PER_BATCH // processes, cfg.SOLVER.ACCUMULATE)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)

@@ -24,6 +24,7 @@ from retina_plugin.data import DATASET_MAPPER_REGISTRY
 from retina_plugin.data.formats import folder_name
 from retina_plugin.data.loader import build_train_loader
 from retina_plugin.data.views import build_test_mapper
+from retina_plugin.doctor import raise_errors, schedule
 from retina_plugin.evaluation import build_evaluators
 from retina_plugin.modeling.monitoring import LOG_PERIOD
 from retina_plugin.modeling.normalizer import LossNormalizer
@@ -35,6 +36,7 @@ from .heartbeat import HeartbeatHook
 from .hooks import Evaluation, Progress, Results
 from .performance import build_detector, prepare_model, training_dtype
 from .pictures import EvaluationPictures
+from .precise_bn import PreciseBN
 from .resume import ResumableTrainer
 from .step import StepTrainer
 from .step_record import write_record
@@ -65,8 +67,9 @@ class Trainer(ResumableTrainer):
         cfg: a checked config (see :func:`retina_plugin.engine.check_config`).
 
     Raises:
-        ConfigError: the batch cannot be split over the processes, the device does not have the
-            precision, or a dataset has another number of classes.
+        ConfigError: the batch cannot be split over the processes, the schedule cannot be scaled to
+            them, the device does not have the precision, or a dataset has another number of
+            classes.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -149,7 +152,7 @@ class Trainer(ResumableTrainer):
             built += [Progress(cfg), EvaluationPictures(cfg, writers), writers, Results(cfg)]
         return built
 
-    def _build_precise_bn(self) -> hooks.PreciseBN | None:
+    def _build_precise_bn(self) -> PreciseBN | None:
         cfg = self.cfg.clone()
         if not cfg.TEST.PRECISE_BN.ENABLED or not get_bn_modules(self.model):
             return None
@@ -157,7 +160,7 @@ class Trainer(ResumableTrainer):
         cfg.DATALOADER.NUM_WORKERS = 0
         loader = self.build_train_loader(cfg)
         num_iter = cfg.TEST.PRECISE_BN.NUM_ITER
-        return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
+        return PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's writers and those of ``TRACKING``.
@@ -181,6 +184,18 @@ class Trainer(ResumableTrainer):
     def last_evaluation(self) -> Mapping[str, Any]:
         """What :meth:`test` returned last in this training; empty before the first evaluation."""
         return getattr(self, "_last_eval_results", _NO_EVALUATION)
+
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """Detectron2's. The result is checked, as the config was.
+
+        Raises:
+            ConfigError: the batch or the schedule cannot be scaled to so many processes.
+        """
+        raise_errors(schedule.check_reference(cfg))
+        scaled = ResumableTrainer.auto_scale_workers(cfg, num_workers)
+        raise_errors(schedule.check_scaled(cfg, scaled))
+        return scaled
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

@@ -35,6 +35,7 @@ from .matcher import AnchorMatcher
 from .merging import build_merge
 from .monitoring import LOG_PERIOD, first_image, training_scalars
 from .normalizer import LossNormalizer
+from .pyramid import freeze_unused_levels
 from .sampling import ANCHOR_SAMPLER_REGISTRY
 from .transfer import to_device
 
@@ -143,7 +144,7 @@ class FocalRetinaNet(DenseDetector):
             retinanet.IOU_THRESHOLDS, retinanet.IOU_LABELS, retinanet.LOW_QUALITY_MATCHES
         )
         return {
-            "backbone": backbone,
+            "backbone": freeze_unused_levels(backbone, retinanet.IN_FEATURES),
             "head": RETINANET_HEAD_REGISTRY.build(cfg, head_shapes),
             "head_in_features": retinanet.IN_FEATURES,
             "anchor_generator": anchor_generator,

@@ -21,7 +21,7 @@ class AnchorLabeler:
     """Turn the ground truth of a batch into :class:`DenseTargets`.
 
     Crowd boxes (``gt_iscrowd``) are not objects: the matcher does not see them, and their class is
-    not used.
+    not used. In an image without objects all anchors are background.
 
     Args:
         matcher: finds the box of each anchor,
@@ -79,7 +79,9 @@ class AnchorLabeler:
             if len(gt_boxes_G4):
                 label_NR[n] = torch.where(label_R >= 0, classes_G.short()[gt_R], label_R)
             else:
-                label_NR[n] = label_R.clamp(max=BACKGROUND)  # nothing can be matched
+                # As in Detectron2, whatever the label of the lowest interval. Anchors in crowds
+                # follow below.
+                label_NR[n] = BACKGROUND
             if self.ignore_iof_thresh is not None:
                 covered_R = _covered(anchors_R4, crowds_C4, self.ignore_iof_thresh)
                 label_NR[n].masked_fill_(covered_R & (label_NR[n] == BACKGROUND), IGNORED)

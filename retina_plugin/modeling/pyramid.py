@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
 from detectron2.modeling.backbone import FPN
-from detectron2.modeling.backbone.fpn import LastLevelP6P7
-from torch import Tensor
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import Tensor, nn
 
 from retina_plugin.config import KEYS
 from retina_plugin.errors import check_choice
 
-__all__ = ["TopLevels", "build_pyramid", "p6_source"]
+__all__ = ["TopLevels", "build_pyramid", "freeze_unused_levels", "p6_source"]
 
 
 class TopLevels(LastLevelP6P7):
@@ -41,6 +43,10 @@ class TopLevels(LastLevelP6P7):
         """(N, C, H, W) -> [P6, P7], of half and a quarter of the height and width, rounded up."""
         p6 = self.p6(_two_wide(feature))
         return [p6, self.p7(_two_wide(F.relu(p6) if self.relu_before_p7 else p6))]
+
+
+# Top blocks of which it is known what they compute from what.
+_TOP_BLOCKS = (TopLevels, LastLevelP6P7, LastLevelMaxPool, type(None))
 
 
 def _two_wide(feature: Tensor) -> Tensor:
@@ -87,3 +93,33 @@ def build_pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
         top_block=top,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+def freeze_unused_levels(backbone: Backbone, levels: Iterable[str]) -> Backbone:
+    """``backbone``, of whose pyramid the convs that none of ``levels`` depends on are frozen.
+
+    They never get a gradient, and DistributedDataParallel would wait for it. Only the pyramids of
+    this package and of Detectron2 are changed. A backbone of your own stays as it is.
+
+    Args:
+        levels: the names of the features that are used ("p3").
+    """
+    if type(backbone) is not FPN or type(backbone.top_block) not in _TOP_BLOCKS:
+        return backbone
+    used, names, top = set(levels), list(backbone.output_shape()), backbone.top_block
+    unused: list[nn.Module] = []
+    if isinstance(top, LastLevelP6P7):
+        p6, p7 = names[-2:]
+        unused += [] if p7 in used else [top.p7]
+        unused += [] if {p6, p7} & used else [top.p6]  # P7 is computed from P6
+    if top is not None and set(names[-top.num_levels :]) & used:
+        used.add(top.in_feature)  # "res5" is no level
+    is_needed = False  # the sum that a level is computed from, by it or by one of finer resolution
+    finest_first = zip(names, backbone.lateral_convs[::-1], backbone.output_convs[::-1])
+    for name, lateral, output in finest_first:
+        is_needed = is_needed or name in used
+        unused += [] if name in used else [output]
+        unused += [] if is_needed else [lateral]
+    for module in unused:
+        module.requires_grad_(False)
+    return backbone

@@ -29,6 +29,8 @@ logger = logging.getLogger("retina_plugin")
 # Names of the K classes, and the dataset's ids of them or None.
 Classes = tuple[tuple[str, ...], tuple[int, ...] | None]
 
+_NO_IDS = "category_id is the class's index from 0, because the dataset %s %s"
+
 
 def prediction_cfg(
     config: str | os.PathLike | CfgNode,
@@ -92,7 +94,7 @@ def load_model(cfg: CfgNode) -> tuple[nn.Module, Classes]:
     """The model in evaluation mode with all of its weights, and its classes.
 
     Class names are those of the checkpoint, else of the config's datasets, else numbers; the last
-    two are said in a line.
+    two are said in a line, and so is that the config's datasets give no ids.
 
     Raises:
         ConfigError: the weights cannot be read, or do not fit the whole model.
@@ -113,14 +115,21 @@ def _classes(cfg: CfgNode, in_checkpoint: Sequence[str] | None) -> Classes:
             f"{cfg.MODEL.WEIGHTS} has {len(in_checkpoint)} class names, but MODEL.RETINANET."
             f"NUM_CLASSES is {number}: use the config that it was trained with"
         )
+    no_ids = []
     for dataset in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
-        names, ids = _of_dataset(dataset)
+        names, ids, problem = _of_dataset(dataset)
         if len(names) != number or (in_checkpoint is not None and tuple(in_checkpoint) != names):
+            if not names and problem:
+                no_ids.append((dataset, problem))
             continue
         if in_checkpoint is None:
             logger.info("%-11s of the dataset %s: the weights carry none", "Class names", dataset)
+        if ids is None and problem:
+            logger.warning(_NO_IDS, dataset, problem)
         return names, ids
     if in_checkpoint is not None:
+        if no_ids:
+            logger.warning(_NO_IDS, *no_ids[0])
         return tuple(map(str, in_checkpoint)), None
     logger.warning(
         "neither the weights nor the config's datasets have the names of %d classes: numbers stand "
@@ -130,9 +139,11 @@ def _classes(cfg: CfgNode, in_checkpoint: Sequence[str] | None) -> Classes:
     return tuple(map(str, range(number))), None
 
 
-def _of_dataset(dataset: str) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+def _of_dataset(dataset: str) -> tuple[tuple[str, ...], tuple[int, ...] | None, str]:
+    """Names of its classes, their ids, and what is wrong with it."""
     if dataset not in DatasetCatalog:
-        return (), None
+        return (), None, "is not known here"
+    problem = ""
     metadata = MetadataCatalog.get(dataset)
     file = metadata.get("json_file")
     mapping = metadata.get("thing_dataset_id_to_contiguous_id")
@@ -143,13 +154,18 @@ def _of_dataset(dataset: str) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
                 categories = sorted(json.load(content)["categories"], key=lambda x: x["id"])
             mapping = {category["id"]: k for k, category in enumerate(categories)}
             names = tuple(str(category["name"]) for category in categories)
-            return names, tuple(mapping)
+            return names, tuple(mapping), ""
+    if mapping is None and file is not None:
+        problem = f"cannot be read at {os.path.abspath(file)}"
     if metadata.get("thing_classes") is None:
         try:
             DatasetCatalog.get(dataset)
+            mapping, problem = metadata.get("thing_dataset_id_to_contiguous_id"), ""
         except Exception as error:  # the user's code; prediction needs no dataset
             logger.debug("dataset %s: %s", dataset, error)
+            problem = problem or f"cannot be read ({first_line(error)})"
     names = tuple(metadata.get("thing_classes") or ())
     by_class = {k: category for category, k in (mapping or {}).items()}
     has_ids = len(names) > 0 and sorted(by_class) == list(range(len(names)))
-    return names, tuple(by_class[k] for k in range(len(names))) if has_ids else None
+    ids = tuple(by_class[k] for k in range(len(names))) if has_ids else None
+    return names, ids, problem

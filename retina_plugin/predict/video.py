@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -64,10 +65,12 @@ def read_video(path: str) -> Video:
         BadImageError: it cannot be read, or has no pictures.
     """
     av = pyav()
+    # FFmpeg, which OpenCV has too, takes 12:30.mp4 for a URL, but not the whole path.
+    source = os.path.abspath(path) if os.path.exists(path) else path
     if av is None:
-        return _open_with_opencv(path, path)
+        return _open_with_opencv(source, path)
     try:
-        container = av.open(path)
+        container = av.open(source)
         stream = next(iter(container.streams.video), None)
         if stream is not None and stream.codec_context is not None:
             stream.thread_type = "AUTO"
@@ -157,7 +160,8 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: Fraction) -> None:
         self.path, self.rate = path, rate
-        self._partial = path.with_name(f".{path.stem}.partial.mp4")
+        # whole: FFmpeg takes run:1/a.mp4 for a URL
+        self._partial = path.absolute().with_name(f".{path.stem}.partial.mp4")
         self._container: Any = None
         self._stream: Any = None
         self._size: tuple[int, int] | None = None  # of the first frame

@@ -103,23 +103,36 @@ class ImageIds:
 
     A name that is a number, as in COCO (000000000139.jpg), is its own id. Other images get the
     next number from 1 on, and so does a second image with the same number.
+
+    Args:
+        files: that are to come: no other image gets the numbers of their names.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, files: Iterable[str] = ()) -> None:
+        self._kept = {number for number in map(_number, files) if number is not None}
         self._from_names: set[int] = set()
         self._next = 1
 
     def of(self, path: str | None) -> int:
-        stem = Path(path or "").stem
-        if stem.isascii() and stem.isdecimal() and len(stem) <= 18:
-            number = int(stem)
-            if number not in self._from_names and not 1 <= number < self._next:
-                self._from_names.add(number)
-                return number
-        while self._next in self._from_names:
+        number = _number(path or "")
+        if (
+            number is not None
+            and number not in self._from_names
+            and (number in self._kept or not 1 <= number < self._next)
+        ):
+            self._from_names.add(number)
+            return number
+        while self._next in self._from_names or self._next in self._kept:
             self._next += 1
         self._next += 1
         return self._next - 1
+
+
+def _number(path: str) -> int | None:
+    """The number that a file's name is, if it is one."""
+    stem = Path(path).stem
+    is_number = stem.isascii() and stem.isdecimal() and len(stem) <= 18
+    return int(stem) if is_number else None
 
 
 class FileNames:

@@ -99,6 +99,7 @@ def _timed_config(cfg: CfgNode, processes: int) -> CfgNode:
     timed = cfg.clone()
     timed.DATASETS.TEST = ()
     timed.SOLVER.IMS_PER_BATCH = _TIMED_IMAGES * processes * cfg.SOLVER.ACCUMULATE
+    timed.SOLVER.REFERENCE_WORLD_SIZE = 0  # it is the batch of these processes
     timed.SOLVER.MAX_ITER, timed.SOLVER.STEPS, timed.SOLVER.WARMUP_ITERS = 100, (), 0
     return timed
 

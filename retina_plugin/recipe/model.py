@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from detectron2.config import CfgNode
 
 from retina_plugin.doctor.anchors import AnchorGrid
 from retina_plugin.doctor.flips import flip_findings
@@ -22,6 +23,7 @@ __all__ = [
     "decide_image_size",
     "decide_weights",
     "from_scratch",
+    "is_timm",
 ]
 
 _SMALL = 16  # pixels: two cells of P3, the finest level of the pyramid
@@ -77,6 +79,11 @@ def from_scratch(recipe: Recipe) -> bool:
     return not recipe.cfg.MODEL.WEIGHTS
 
 
+def is_timm(cfg: CfgNode) -> bool:
+    """Whether the backbone is timm's, which reads its own keys."""
+    return cfg.MODEL.BACKBONE.NAME == "build_timm_retina_fpn_backbone"
+
+
 def decide_weights(recipe: Recipe, problem: str) -> None:
     """The weights to start from; without any, a model that can be trained from scratch.
 
@@ -106,10 +113,9 @@ def decide_weights(recipe: Recipe, problem: str) -> None:
     )
     widths = (cfg.MODEL.RESNETS.STEM_OUT_CHANNELS, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS)
     norm = "BN" if any(w % 32 for w in (*widths, cfg.MODEL.FPN.OUT_CHANNELS)) else "GN"
-    is_timm = cfg.MODEL.BACKBONE.NAME == "build_timm_retina_fpn_backbone"
-    if is_timm and cfg.MODEL.TIMM.NORM == "FrozenBN":
+    if is_timm(cfg) and cfg.MODEL.TIMM.NORM == "FrozenBN":
         recipe.set("MODEL.TIMM.NORM", "BN", why)
-    elif not is_timm and cfg.MODEL.RESNETS.NORM == "FrozenBN":
+    elif not is_timm(cfg) and cfg.MODEL.RESNETS.NORM == "FrozenBN":
         recipe.set("MODEL.RESNETS.NORM", norm, why)
     for key in ("MODEL.FPN.NORM", "MODEL.RETINANET.NORM"):
         if not recipe.value(key):
@@ -150,7 +156,12 @@ def decide_image_size(recipe: Recipe, facts: Facts) -> None:
     """The shorter side of the images, and the limit of the longer one."""
     base = max(training_sizes(recipe.cfg)) or facts.short_side
     size, why = best_size(facts, base)
-    recipe.set("INPUT.MIN_SIZE_TRAIN", (size,), why)
+    sampling = "INPUT.MIN_SIZE_TRAIN_SAMPLING"
+    is_range = recipe.value(sampling) == "range"
+    ends = 2 if is_range and sampling in recipe.given else 1  # of a range, which the user asked for
+    recipe.set("INPUT.MIN_SIZE_TRAIN", (size,) * ends, why)
+    if is_range and len(recipe.cfg.INPUT.MIN_SIZE_TRAIN) == 1:
+        recipe.set(sampling, "choice", 'there is one size; the base\'s "range" needs two')
     size = max(training_sizes(recipe.cfg))
     aspect = max(facts.aspect, recipe.cfg.INPUT.MAX_SIZE_TRAIN / base if size else 1.0)
     longest = int(np.ceil(size * aspect)) if size else recipe.cfg.INPUT.MAX_SIZE_TRAIN

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from retina_plugin.doctor import StepCost
 
 from .facts import Facts
-from .model import from_scratch
+from .model import from_scratch, is_timm
 from .settings import Recipe
 
 __all__ = [
@@ -95,9 +95,9 @@ def batch_size(cfg: CfgNode, drawn: float, holds: int, processes: int) -> tuple[
     """
     base = cfg.SOLVER.IMS_PER_BATCH
     parts = processes * cfg.SOLVER.ACCUMULATE
-    norms = {cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM, cfg.MODEL.RETINANET.NORM}
-    least = processes * (_NORM_BATCH if "BN" in norms else 1)
-    least = max(least, 2, parts)
+    of_backbone = cfg.MODEL.TIMM.NORM if is_timm(cfg) else cfg.MODEL.RESNETS.NORM
+    norms = {of_backbone, cfg.MODEL.FPN.NORM, cfg.MODEL.RETINANET.NORM}
+    least = max(parts * (_NORM_BATCH if "BN" in norms else 1), 2)  # norms see a part at a time
     batch, why = max(base, least), "as in the base"
     while batch > least and drawn / batch < _ITERATIONS:
         batch, why = batch // 2, f"smaller than the base's {base} for more steps of the optimizer"
@@ -120,6 +120,13 @@ def decide_batch(recipe: Recipe, plan: Plan, cost: StepCost) -> None:
         f"{why}; a step of {cost.images} took {cost.memory_bytes / 2**30:.2f} of "
         f"{cost.total_bytes / 2**30:.1f} GiB on {cost.device}",
     )
+    if recipe.cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        recipe.set(
+            "SOLVER.REFERENCE_WORLD_SIZE",
+            cost.processes,
+            "the base was scaled to so many processes, and so are the values here; with others, a "
+            "training scales them again",
+        )
 
 
 def decide_rate(recipe: Recipe, base_rate: float, base_batch: int) -> None:

@@ -22,6 +22,7 @@ from retina_plugin.errors import ConfigError
 
 from .classes import adapt_classes
 from .conversion.loading import translate
+from .downloads import split_query
 from .fit import Fit, check_finite, class_counts, remove_prefixes
 from .reading import read_checkpoint
 
@@ -54,6 +55,7 @@ class Checkpointer(DetectionCheckpointer):
     """Of the model's classes; saved with it. Weights that are loaded are fitted to them, but not
     those that a training resumes from."""
     _fit_classes: Callable[..., None] | None = None
+    _query = ""  # of what is loaded
 
     def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
         """Write the model, the checkpointables and ``extra`` to NAME.pth in the folder.
@@ -187,13 +189,13 @@ class Checkpointer(DetectionCheckpointer):
                 numbers that are not finite; nothing of it fits the model.
         """
         self.loaded_from, self.fit = path, None
+        file, self._query = split_query(path) if path else ("", "")
         try:
-            found = super().load(path, *args, **kwargs)
-        except AssertionError as error:  # Detectron2 cannot find the file
+            # fvcore's: Detectron2's takes file names for URLs, so it cuts what?.pth and writes
+            # Run:1.pth in lower case.
+            return super(DetectionCheckpointer, self).load(file, *args, **kwargs)
+        except AssertionError as error:  # it cannot find the file
             raise ConfigError(str(error)) from None
-        finally:
-            self._parsed_url_during_load = None  # Detectron2 leaves it set after an error
-        return found
 
     def check_complete(self) -> None:
         """Stop an evaluation whose model was not loaded completely.
@@ -211,8 +213,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = read_checkpoint(filename)
-        url: Any = self._parsed_url_during_load  # set by Detectron2's load
-        query = parse_qs(url.query)
+        query = parse_qs(self._query)
         if query.pop("matching_heuristics", ["False"]) == ["True"]:
             checkpoint["matching_heuristics"] = True
         if query:

@@ -16,7 +16,7 @@ from retina_plugin.cache import Fingerprint, atomic_write, only_writer
 
 from .torch_files import OLD_FORMAT
 
-__all__ = ["converted_file", "download"]
+__all__ = ["converted_file", "download", "split_query"]
 
 logger = logging.getLogger("retina_plugin")
 
@@ -42,6 +42,20 @@ def download(path: str) -> str:
             local = PathManager.get_local_path(path)
             _fingerprint_of(Path(local)).write_text(json.dumps(Fingerprint.of(local)))
     return local
+
+
+def split_query(path: str) -> tuple[str, str]:
+    """A path or URL, and what stands after its "?", such as ``matching_heuristics=True``.
+
+    The "?" of a file that is there, or of a folder, belongs to its name.
+    """
+    if os.path.isfile(path):
+        return path, ""
+    if "://" in path:
+        file, _, query = path.partition("?")
+        return file, query
+    file, mark, query = path.rpartition("?")
+    return (file, query) if mark and os.sep not in query else (path, "")
 
 
 def converted_file(file: Path, write: Callable[[Path], None]) -> Path:

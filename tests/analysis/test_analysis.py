@@ -141,6 +141,42 @@ def test_error_types_are_told_apart(coco, truth):
     assert {c.kind for cases in analysis.cases.values() for c in cases} <= {"swap", "suspect"}
 
 
+@pytest.mark.parametrize(
+    ("crowd", "counts"),
+    [
+        (None, True),
+        ([200.0, 200.0, 100.0, 40.0], True),  # holds 40 % of the wrong detection
+        ([150.0, 150.0, 200.0, 200.0], False),  # holds all of it
+        ([10.0, 10.0, 50.0, 50.0], True),  # lies on the object
+    ],
+)
+def test_crowds_are_no_objects_for_the_error_types(crowd, counts):
+    """A detection in a crowd costs nothing. Beside one it is background, not a wrong box."""
+    boxes = [[10.0, 10.0, 50.0, 50.0], [200.0, 200.0, 100.0, 100.0]]
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 400, "height": 400}],
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+        "annotations": [
+            {"id": i, "image_id": 1, "category_id": 1, "bbox": box, "iscrowd": i}
+            for i, box in enumerate([boxes[0], *([crowd] if crowd else [])])
+        ],
+    }
+    found = [
+        {"image_id": 1, "category_id": 1, "bbox": box, "score": score}
+        for box, score in zip(boxes, (0.05, 0.9))
+    ]
+    analysis = analyze(GroundTruth.from_coco(content, "test"), found, resamples=0)
+    errors = {error.name: (error.count, error.cost) for error in analysis.errors if error.count}
+    assert errors == ({"Bkg": (1, pytest.approx(50))} if counts else {})
+    assert analysis.false_positives == pytest.approx(50 if counts else 0)
+    assert analysis.base == pytest.approx(analysis.metrics["AP50"])
+
+
+def test_base_of_the_error_types_is_ap50(analysis):
+    assert analysis.truth.crowds.any()
+    assert analysis.base == pytest.approx(analysis.metrics["AP50"], abs=1e-9)
+
+
 def test_better_model_is_better_by_its_interval(coco, truth, results):
     better = detections(coco, quality=0.01)
     comparison = analyze(truth, better, results).comparison
@@ -250,6 +286,17 @@ def test_files_that_are_known_by_their_name_alone_are_named(truth, results, capl
     analyze(truth, [{**r, "file_name": f"/elsewhere/{r['image_id']}.png"} for r in cut])
     assert "2 files are taken for images of test by their name alone, such as" in caplog.text
     assert "/elsewhere/1.png for 1.png" in caplog.text
+
+
+def test_other_files_are_not_taken_for_images_by_their_ids(coco, truth, results):
+    """The ids of `retina predict` are running numbers: AP was 5.6 in place of 100."""
+    named = [{**r, "file_name": f"{r['image_id']}.jpg"} for r in results]
+    with pytest.raises(ConfigError, match=r"such as '\d+\.jpg'.* another dataset"):
+        analyze(truth, named)
+    for image in (nameless := copy.deepcopy(coco))["images"]:
+        del image["file_name"]
+    expected = analyze(truth, results).metrics  # by the ids
+    assert analyze(GroundTruth.from_coco(nameless, "test"), named).metrics == expected
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,31 @@ def test_overrides_are_read_and_reported(project):
     assert any("iterations of 4 images" in f["what"] for f in content["findings"])
 
 
+def test_numbers_are_those_of_the_scaled_training(project, monkeypatch):
+    """The config is for 4 GPUs, and here is one process."""
+    timed = []
+
+    def measure(cfg, processes):
+        timed.append(cfg.SOLVER.IMS_PER_BATCH // processes)
+        return StepCost(3.0, 1, 2, timed[0], processes, "cpu")
+
+    monkeypatch.setattr("retina_plugin.cli.doctor.measure_step", measure)
+    options = "SOLVER.REFERENCE_WORLD_SIZE 4 SOLVER.IMS_PER_BATCH 8 SOLVER.MAX_ITER 10".split()
+    _, content = doctor(project, *options)
+    texts = [finding["what"] for finding in content["findings"]]
+    assert timed == [2] and any("4, but here is 1 process, with" in text for text in texts)
+    assert any(text.startswith("40 iterations of 2 images are") for text in texts)
+    (step,) = [text for text in texts if text.startswith("a step of 2 images takes 3 s")]
+    assert "SOLVER.MAX_ITER 40 takes 2.0 minutes" in step
+
+
+def test_schedule_that_cannot_be_scaled_is_an_error(project):
+    cosine = "SOLVER.LR_SCHEDULER_NAME WarmupCosineLR SOLVER.BASE_LR_END 0.001".split()
+    status, content = doctor(project, "--quick", "SOLVER.REFERENCE_WORLD_SIZE", "2", *cosine)
+    errors = [f["where"] for f in content["findings"] if f["severity"] == "error"]
+    assert status == 1 and errors == ["SOLVER.BASE_LR_END"]
+
+
 def test_wrong_key_and_wrong_dataset_are_both_found(project):
     status, content = doctor(
         project, "--quick", "SOLVER.BASE_LR", "-1.0", "DATASETS.TEST", "('x',)"

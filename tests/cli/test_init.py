@@ -3,8 +3,11 @@
 import pytest
 
 from retina_plugin.cli import main
-from retina_plugin.cli.init import make_recipe
-from retina_plugin.engine import setup_cfg
+from retina_plugin.cli.init import make_recipe, write_recipe
+from retina_plugin.doctor import StepCost
+from retina_plugin.engine import Trainer, setup_cfg
+
+REFERENCE = "REFERENCE_WORLD_SIZE"
 
 
 @pytest.fixture
@@ -49,6 +52,31 @@ def test_the_learning_rate_follows_a_batch_that_was_given(tmp_path, spec):
     rate = recipe.settings["SOLVER.BASE_LR"]
     assert rate.value == pytest.approx(0.03 * 2 / 8)
     assert rate.reason.startswith("the base's 0.03 for 8 images, scaled linearly to 2")
+
+
+@pytest.mark.parametrize("by_base", [True, False])
+def test_the_values_are_those_of_this_machine(tmp_path, spec, monkeypatch, by_base):
+    """Whatever number of GPUs the base, or the user, has in mind: the training scales nothing."""
+    timed = []
+
+    def measure(cfg, processes, clock):
+        timed.append((cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE))
+        return StepCost(0.001, 2**30, 2**35, 2, processes, "cpu")
+
+    monkeypatch.setattr("retina_plugin.cli.init.measure_step", measure)
+    base, given = "quick/digits_R18.yaml", ["MODEL.DEVICE", "cpu"]
+    if by_base:
+        (tmp_path / "base.yaml").write_text(f'_BASE_: "{base}"\nSOLVER: {{{REFERENCE}: 2}}\n')
+        base = str(tmp_path / "base.yaml")
+    else:
+        given += [f"SOLVER.{REFERENCE}", "2"]
+    recipe = make_recipe(spec, None, base, tmp_path / "a.yaml", 1.0, given)
+    assert timed == [(2, 0)]
+    write_recipe(recipe, tmp_path / "a.yaml")
+    cfg = setup_cfg(str(tmp_path / "a.yaml"))
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER[REFERENCE]) == (4, 1)  # the base's 8 is for 2
+    assert pytest.approx(0.03 * 4 / 8) == cfg.SOLVER.BASE_LR
+    assert Trainer.auto_scale_workers(cfg, 1) is cfg
 
 
 @pytest.mark.slow

@@ -96,6 +96,20 @@ def test_results_load_in_pycocotools(retina, tmp_path, tiny_digits):
     assert not os.path.exists("out/images")
 
 
+def test_number_in_a_files_name_is_its_id_whatever_comes_before(retina, tmp_path):
+    (tmp_path / "ids").mkdir()
+    for seed, name in enumerate(("b.png", "ids/1.png", "ids/2.png", "ids/3.png")):
+        cv2.imwrite(name, noise(64, 64, seed))
+    write_video(tmp_path / "clip.mp4", number=2)
+    assert retina("clip.mp4", "b.png", "ids", "--no-images") == 0
+    ids = {(x["file_name"], x.get("frame")): x["image_id"] for x in results()}
+    assert ids == {
+        ("b.png", None): 4,
+        **{(f"ids/{k}.png", None): k for k in (1, 2, 3)},
+        **{("clip.mp4", k): 5 + k for k in (0, 1)},
+    }
+
+
 @pytest.mark.parametrize("library", ["PyAV", "OpenCV"])
 @pytest.mark.parametrize("size", [(48, 64), (49, 63)])
 def test_video_keeps_rate_length_and_size(retina, tmp_path, monkeypatch, library, size):
@@ -112,6 +126,21 @@ def test_video_keeps_rate_length_and_size(retina, tmp_path, monkeypatch, library
     assert frames[0].pixels.shape[:2] == (size[0] + size[0] % 2, size[1] + size[1] % 2)
     assert {x["frame"] for x in results()} == set(range(5))
     assert len({x["image_id"] for x in results()}) == 5
+
+
+@pytest.mark.parametrize("library", ["PyAV", "OpenCV"])
+def test_colon_in_a_videos_path_is_no_url(retina, monkeypatch, library):
+    """FFmpeg's protocol is what stands before a colon."""
+    if library == "PyAV":
+        pytest.importorskip("av")
+    else:
+        monkeypatch.setattr(videos, "pyav", lambda: None)
+    write_video(Path("12:30:00.mp4"))
+    assert retina("12:30:00.mp4", "--output", "out:1") == 0
+    assert os.listdir("out:1/videos") == ["12:30:00.mp4"]
+    assert len(list(read_video("out:1/videos/12:30:00.mp4").frames())) == 5
+    entries = json.loads(Path("out:1/predictions.json").read_text())
+    assert {x["file_name"] for x in entries} == {"12:30:00.mp4"}
 
 
 @pytest.mark.usefixtures("retina")

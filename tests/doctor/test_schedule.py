@@ -1,9 +1,10 @@
 """Learning rate, warm-up and length of a training."""
 
 import pytest
+from detectron2.engine import DefaultTrainer
 
 from retina_plugin.doctor.findings import Severity
-from retina_plugin.doctor.schedule import schedule_findings
+from retina_plugin.doctor.schedule import check_scaled, schedule_findings
 from tests.doctor.examples import config
 
 E, W, N = Severity.ERROR, Severity.WARNING, Severity.NOTE
@@ -66,3 +67,55 @@ def test_images_that_are_never_seen():
 
 def test_no_images_no_epochs():
     assert found("SOLVER.MAX_ITER", images=0) == []
+
+
+def scaled(processes, *opts):
+    """Findings of a config for 8 GPUs on so many processes."""
+    cfg = config("SOLVER.REFERENCE_WORLD_SIZE", 8, *opts)
+    return list(check_scaled(cfg, DefaultTrainer.auto_scale_workers(cfg, processes)))
+
+
+def test_what_the_scaled_training_has():
+    (finding,) = scaled(1)
+    assert finding.severity is N
+    assert str(finding) == (
+        "SOLVER.REFERENCE_WORLD_SIZE: 8, but here is 1 process, with SOLVER.IMS_PER_BATCH 2, "
+        "BASE_LR 0.00125, MAX_ITER 720000, STEPS (480000, 640000) and WARMUP_ITERS 4000"
+    )
+    assert scaled(8) == []
+
+
+@pytest.mark.parametrize(
+    ("processes", "opts", "says"),
+    [
+        (
+            1,
+            ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR_END", 0.01],
+            "SOLVER.BASE_LR_END: must be a number from 0 to SOLVER.BASE_LR 0.00125, got 0.01",
+        ),
+        (
+            16,
+            ["SOLVER.MAX_ITER", 9, "SOLVER.WARMUP_ITERS", 8, "SOLVER.RESCALE_INTERVAL", True]
+            + ["SOLVER.STEPS", ()],
+            "SOLVER.WARMUP_ITERS: 4 is not below SOLVER.MAX_ITER 4: SOLVER.RESCALE_INTERVAL True",
+        ),
+        (
+            16,
+            ["SOLVER.CHECKPOINT_PERIOD", 1],
+            "SOLVER.CHECKPOINT_PERIOD: must be a whole number from 1 on, got 0",
+        ),
+        (
+            16,
+            ["SOLVER.STEPS", "(3, 4)"],
+            "SOLVER.STEPS: must be a list of whole numbers from 1 on, each greater than the one",
+        ),
+    ],
+)
+def test_schedule_that_is_impossible_once_it_is_scaled(processes, opts, says):
+    _, error = scaled(processes, *opts)
+    assert error.severity is E and str(error).startswith(says)
+    of = "1 process" if processes == 1 else "16 processes"
+    assert str(error).endswith(
+        f"(SOLVER.REFERENCE_WORLD_SIZE 8 scaled it to {of}): change it, or set "
+        f"SOLVER.REFERENCE_WORLD_SIZE 0 and the schedule of {of}"
+    )

@@ -28,9 +28,13 @@ BAD = {
     "MODEL.ANCHOR_GENERATOR.SIZES": ([], [[]], [[32], []], [[0]], [[-1]], [["a"]], None, [[NAN]]),
     "MODEL.BACKBONE.FREEZE_AT": (-1, 6, NAN),
     "INPUT.FORMAT": (None,),
+    "MODEL.DEVICE": ("foo", "cuda:x", "", 0, None),
+    "MODEL.FPN.FUSE_TYPE": ("foo", None),
     "MODEL.FPN.IN_FEATURES": (None,),
+    "MODEL.FPN.NORM": ("Foo", 1),
     "MODEL.FPN.OUT_CHANNELS": COUNTS,
-    "MODEL.RESNETS.DEPTH": (None,),
+    "MODEL.RESNETS.DEPTH": (19, "50", None),
+    "MODEL.RESNETS.NORM": ("Foo", 1),
     "MODEL.PIXEL_MEAN": ([], [NAN] * 3, ["a"] * 3, [INF] * 3),
     "MODEL.PIXEL_STD": ([1, 0, 1], [1, -1, 1], [NAN] * 3, [], [INF] * 3),
     "MODEL.RETINANET.ALPHA_PER_CLASS": ((1.5,), (-1,), (NAN,), ("a",), None),
@@ -44,6 +48,7 @@ BAD = {
     "MODEL.RETINANET.IOU_LABELS": ([0, 2, 1], [1, 0, 1], [], ["a"], None),
     "MODEL.RETINANET.IOU_THRESHOLDS": ([0.5, 0.4], [0.4, 0.4], [-0.1, 0.5], [NAN, 0.5], None),
     "MODEL.RETINANET.NMS_THRESH_TEST": SHARES,
+    "MODEL.RETINANET.NORM": ("gn", 1),
     "MODEL.RETINANET.NUM_CLASSES": COUNTS,
     "MODEL.RETINANET.NUM_CONVS": (-1, NAN, None),
     "MODEL.RETINANET.OHEM.BATCH_SIZE": COUNTS,
@@ -129,6 +134,15 @@ GOOD = [
     ("SOLVER.MOMENTUM", 0),
     ("SOLVER.BIAS_LR_FACTOR", None),
     ("MODEL.FPN.NORM", None),  # Detectron2: no norm
+    ("MODEL.FPN.NORM", "LN"),
+    ("MODEL.FPN.FUSE_TYPE", "avg"),
+    ("MODEL.RETINANET.NORM", ""),
+    ("MODEL.RETINANET.NORM", "naiveSyncBN"),
+    ("MODEL.RESNETS.NORM", ""),
+    ("MODEL.RESNETS.OUT_FEATURES", ["stem", "res2", "res3", "res4", "res5"]),
+    ("MODEL.DEVICE", "cuda:1"),
+    ("MODEL.DEVICE", "meta"),
+    ("MODEL.ANCHOR_GENERATOR.NAME", "DetectronAnchorGenerator"),
     ("MODEL.WEIGHTS", None),
     ("CUDNN_BENCHMARK", None),
 ]
@@ -159,6 +173,16 @@ def test_possible_value_passes(tiny_cfg, key, value):
         (
             ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR_END", 1.0],
             "SOLVER.BASE_LR_END: must be a number from 0 to SOLVER.BASE_LR 0.00125, got 1.0",
+        ),
+        (
+            ["SOLVER.REFERENCE_WORLD_SIZE", 3, "SOLVER.IMS_PER_BATCH", 8],
+            "SOLVER.REFERENCE_WORLD_SIZE: 3 processes cannot share SOLVER.IMS_PER_BATCH 8 evenly: "
+            "set it to the number of GPUs that the batch is meant for; 0 scales nothing",
+        ),
+        (
+            ["SOLVER.RESCALE_INTERVAL", True, "SOLVER.WARMUP_ITERS", 2],
+            "SOLVER.WARMUP_ITERS: 2 is not below SOLVER.MAX_ITER 2: SOLVER.RESCALE_INTERVAL True "
+            "needs iterations after it: shorten the warm-up",
         ),
         (
             ["SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR", "SOLVER.NUM_DECAYS", 0],

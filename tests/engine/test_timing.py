@@ -17,6 +17,17 @@ def test_step_is_measured(tiny_cfg, tmp_path):
     assert not (tmp_path / "output").exists()  # nothing is written where a training would
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_step_is_that_of_the_scaled_training(tiny_cfg, processes):
+    """A process has the images that it has on the GPUs that the config is meant for."""
+    tiny_cfg.MODEL.RETINANET.LOSS_BACKEND = "eager"
+    tiny_cfg.SOLVER.IMS_PER_BATCH, tiny_cfg.SOLVER.REFERENCE_WORLD_SIZE = 12, 4
+    cost = measure_step(tiny_cfg, processes)
+    assert (cost.images, cost.processes) == (3, processes)
+    assert tiny_cfg.SOLVER.IMS_PER_BATCH == 12
+
+
 def in_child(tmp_path, code):
     """An IMPORTS file whose code runs in the process of the step only."""
     file = tmp_path / "user_code.py"

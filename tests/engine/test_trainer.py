@@ -16,7 +16,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
@@ -122,6 +122,31 @@ def test_checkpoint_has_the_moving_average(tiny_cfg, one_batch):
     assert len(positives) == 2 and saved != 100.0
     assert saved == pytest.approx(expected)
     assert saved == trainer.model.normalizer.ema.item()
+
+
+def test_precise_batch_norm_changes_batch_norm_alone(tiny_cfg):
+    """It runs whole batches, and the average of the normaliser counts the positives of a pass."""
+    options = ["MODEL.RETINANET.NORMALIZER", "ema", "SOLVER.ACCUMULATE", 2, "SOLVER.MAX_ITER", 1]
+    of_hook = ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 3]
+    tiny_cfg.merge_from_list([*options, "MODEL.FPN.NORM", "BN", *of_hook])
+    trainer = train(tiny_cfg)
+    model = trainer.model
+    (precise_bn,) = [hook for hook in trainer._hooks if isinstance(hook, hooks.PreciseBN)]
+    before = {name: x.clone() for name, x in (*model.named_buffers(), *model.named_parameters())}
+    state, storage = torch.get_rng_state(), trainer.storage.latest().copy()
+    precise_bn.update_stats()
+    after = dict((*model.named_buffers(), *model.named_parameters()))
+    changed = {name for name, x in after.items() if not torch.equal(x, before[name])}
+    statistics = {
+        f"{name}.{buffer}"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.BatchNorm2d)
+        for buffer in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    assert "normalizer.ema" in before and before["normalizer.ema"] != 100.0
+    assert changed == statistics and changed
+    assert torch.equal(torch.get_rng_state(), state)
+    assert trainer.storage.latest() == storage
 
 
 FAST = [
@@ -307,6 +332,25 @@ def test_uneven_batch_raises(tiny_cfg):
     """Before the model is built."""
     tiny_cfg.SOLVER.IMS_PER_BATCH, tiny_cfg.SOLVER.ACCUMULATE = 3, 2
     with pytest.raises(ConfigError, match="IMS_PER_BATCH: 3 cannot be split over 1 process of"):
+        Trainer(tiny_cfg)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["SOLVER.REFERENCE_WORLD_SIZE", 3], "^SOLVER.REFERENCE_WORLD_SIZE: 3 processes cannot"),
+        (
+            ["SOLVER.REFERENCE_WORLD_SIZE", 8, "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"]
+            + ["SOLVER.BASE_LR_END", 0.001],
+            "^SOLVER.BASE_LR_END: must be .* scaled it to 1 process.: change it, or set SOLVER.REF",
+        ),
+    ],
+)
+def test_schedule_that_cannot_be_scaled_raises(tiny_cfg, monkeypatch, options, message):
+    """Before anything is built."""
+    monkeypatch.setattr(Trainer, "build_model", None)
+    tiny_cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", 8, *options])
+    with pytest.raises(ConfigError, match=message):
         Trainer(tiny_cfg)
 
 

@@ -107,6 +107,8 @@ def test_targets_are_those_of_a_loop(anchors, labeling, how):
         classes = image.gt_classes[~crowd_G].tolist()
         index, label = naive_match(gt, anchors, *how)
         expected = [classes[i] if code == 0 else code for i, code in zip(index, label)]
+        if not len(gt):  # as in Detectron2, whatever the label of the lowest interval
+            expected = [BACKGROUND] * len(anchors)
         if iof_thresh is not None:
             for r, anchor in enumerate(anchors):
                 if expected[r] == BACKGROUND and in_a_crowd(anchor, crowds, iof_thresh):

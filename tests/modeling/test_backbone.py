@@ -5,11 +5,15 @@ import copy
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling.backbone import FPN
+from detectron2.solver import build_optimizer
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 from retina_plugin import add_retina_config
 from retina_plugin.errors import ConfigError
-from retina_plugin.modeling.pyramid import TopLevels
+from retina_plugin.modeling.pyramid import TopLevels, freeze_unused_levels
 
 
 def cfg_with(depth, width=64, source="res5", name="build_retina_fpn_backbone", groups=1):
@@ -74,6 +78,78 @@ def test_frozen_stages_have_no_gradient():
     bottom_up = build_backbone(cfg).bottom_up
     trained = {n.split(".")[0] for n, p in bottom_up.named_parameters() if p.requires_grad}
     assert trained == {"res3", "res4", "res5"}
+
+
+LEVELS = ["p3", "p4", "p5", "p6", "p7"]
+SUBSETS = [LEVELS, LEVELS[:3], LEVELS[2:], ["p4", "p6"], ["p3"], ["p6"], ["p7"]]
+
+
+def detector_cfg(levels, *args, **kwargs):
+    cfg = cfg_with(18, *args, **kwargs)
+    cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE = "cpu", "FocalRetinaNet"
+    cfg.MODEL.RETINANET.NUM_CONVS = 1
+    cfg.MODEL.RETINANET.IN_FEATURES, cfg.MODEL.ANCHOR_GENERATOR.SIZES = levels, [[32.0]]
+    return cfg
+
+
+@pytest.mark.parametrize("levels", SUBSETS, ids="-".join)
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("res5", "build_retina_fpn_backbone"),
+        ("p5", "build_retina_fpn_backbone"),
+        ("res5", "build_retinanet_resnet_fpn_backbone"),
+    ],
+)
+def test_parameters_of_unused_levels_are_frozen(levels, source, name):
+    """Exactly those that no used level depends on."""
+    backbone = build_model(detector_cfg(levels, source=source, name=name)).backbone
+    frozen = {n for n, p in backbone.named_parameters() if not p.requires_grad}
+    backbone.requires_grad_(True)
+    names, parameters = zip(*backbone.named_parameters())
+    features = backbone(torch.randn(1, 3, 128, 128))
+    total = sum(features[level].sum() for level in levels)
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    assert frozen == {n for n, gradient in zip(names, gradients) if gradient is None}
+
+
+def test_backbone_of_your_own_is_not_frozen():
+    class OwnPyramid(FPN):
+        pass
+
+    pyramid = build_backbone(cfg_with(18, width=8))
+    pyramid.__class__ = OwnPyramid
+    assert freeze_unused_levels(pyramid, ["p3"]) is pyramid
+    pyramid.__class__, pyramid.top_block.__class__ = FPN, type("OwnTop", (TopLevels,), {})
+    freeze_unused_levels(pyramid, ["p3"])
+    assert all(p.requires_grad for p in pyramid.parameters())
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("levels", SUBSETS[1:4], ids="-".join)
+def test_subset_of_the_levels_is_trained_on_several_processes(one_process, levels):
+    """DistributedDataParallel finds a gradient of each parameter in every iteration."""
+    cfg = detector_cfg(levels, width=8)
+    model = torch.nn.parallel.DistributedDataParallel(build_model(cfg).train())
+    instances = Instances((64, 64), gt_boxes=Boxes(torch.tensor([[8.0, 8, 40, 40]])))
+    instances.gt_classes = torch.tensor([1])
+    batch = [{"image": torch.zeros(3, 64, 64), "instances": instances}]
+    optimizer = build_optimizer(cfg, model)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model.parameters() if p.requires_grad}
+    for _ in range(3):
+        with EventStorage():
+            optimizer.zero_grad()
+            sum(model(batch).values()).backward()
+            optimizer.step()
 
 
 def test_unknown_source_raises():

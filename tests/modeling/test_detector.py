@@ -7,12 +7,14 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from retina_plugin import add_retina_config
 from retina_plugin.errors import ConfigError
 from retina_plugin.losses import BOX_LOSS_REGISTRY
+from retina_plugin.modeling import AnchorMatcher
 
 HEIGHT, WIDTH = 96, 128
 
@@ -112,6 +114,24 @@ def test_losses_and_gradients_are_detectron2s(pair, batch):
         scale = grad.abs().max().item()
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5 * scale + 1e-12)
     assert scalars["num_pos_anchors"] == their_scalars["num_pos_anchors"]
+
+
+@pytest.mark.parametrize("name", ["none", "one gt and none"])
+def test_lowest_interval_may_be_ignored(pair, monkeypatch, name):
+    """Also then all anchors of an image without objects are background, as in Detectron2."""
+    thresholds, labels = [0.1, 0.4, 0.5], [-1, 0, -1, 1]
+    monkeypatch.setattr(pair[0].labeler, "matcher", AnchorMatcher(thresholds, labels))
+    theirs = Matcher(thresholds, labels, allow_low_quality_matches=True)
+    monkeypatch.setattr(pair[1], "anchor_matcher", theirs)
+    reset_average(pair)
+    (ours, grads, _), (theirs, expected, _) = (
+        losses_and_gradients(model, BATCHES[name]) for model in pair
+    )
+    assert ours["loss_cls"] > 0
+    for key, loss in theirs.items():
+        torch.testing.assert_close(ours[key], loss, rtol=1e-5, atol=0)
+    key = "head.cls_score.bias"
+    torch.testing.assert_close(grads[key], expected[key], rtol=1e-4, atol=1e-9)
 
 
 def test_batches_have_positives_and_ignored_anchors(pair):

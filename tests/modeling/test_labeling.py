@@ -79,6 +79,19 @@ def test_images_without_boxes_have_only_background():
     assert targets.num_positives_N().tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("thresh", [None, 0.5])
+def test_images_with_crowds_only_are_background_outside_the_crowds(thresh):
+    """Whatever the label of anchors that no box overlaps."""
+    crowds = [torch.tensor([[15.0, -5, 35, 15]]), BOXES[1]]  # over the second anchor; none
+    labels = AnchorLabeler(AnchorMatcher([0.1, 0.4, 0.5], [-1, 0, -1, 1]), 4, thresh)(
+        ANCHORS, ground_truth(NO_BOXES * 2, NO_CLASSES * 2, crowds)
+    ).label_NR
+    expected = torch.full((2, len(ANCHORS)), BACKGROUND)
+    if thresh is not None:
+        expected[0, 1] = IGNORED
+    assert torch.equal(labels.long(), expected)
+
+
 @pytest.mark.parametrize("wrong, named", [(4, "class 4"), (-1, "class -1")])
 def test_class_out_of_range_names_the_key(wrong, named):
     with pytest.raises(ConfigError, match=rf"{named} is outside \[0, 4\).*NUM_CLASSES"):
@@ -200,13 +213,13 @@ def test_threshold_out_of_range_names_its_key(thresh):
 @pytest.mark.parametrize("arbitrary", [-2, 7])
 @pytest.mark.parametrize("dtypes", [(torch.int64, torch.int8), (torch.int32, torch.int64)])
 def test_index_of_an_anchor_that_is_not_matched_is_arbitrary(arbitrary, dtypes):
-    """And in an image without boxes an anchor that the matcher calls matched is background."""
+    """And in an image without boxes every anchor is background, whatever the matcher calls it."""
 
     def match(boxes, anchors):
         index = torch.tensor([arbitrary, 0, arbitrary, arbitrary], dtype=dtypes[0])
         return index, torch.tensor([BACKGROUND, 0, IGNORED, BACKGROUND], dtype=dtypes[1])
 
     targets = AnchorLabeler(match, 4)(ANCHORS, ground_truth(BOXES, CLASSES))
-    assert targets.label_NR.tolist() == [[-1, 3, -2, -1], [-1, -1, -2, -1], [-1, 0, -2, -1]]
+    assert targets.label_NR.tolist() == [[-1, 3, -2, -1], [-1, -1, -1, -1], [-1, 0, -2, -1]]
     assert torch.equal(targets.positive_gt_box, torch.stack([BOXES[0][0], BOXES[2][0]]))
     assert 0 <= targets.gt_NR.min() and targets.gt_NR.max() <= len(targets.gt_boxes_G4)

@@ -1,6 +1,7 @@
 """The predictor: forms of input, batches, errors, classes, and equality with Detectron2's."""
 
 import itertools
+import json
 import sys
 import types
 
@@ -236,6 +237,36 @@ def test_class_names(tiny_cfg, weights, tmp_path, log):
     options = {"opts": ["DATASETS.TRAIN", "()", "DATASETS.TEST", "('no_such',)"]}
     assert RetinaPredictor.load(tiny_cfg, plain, **options).names == tuple("0123456789")
     assert "numbers stand" in log.text
+
+
+def test_unknown_ids_of_the_classes_are_named(tiny_cfg, weights, tmp_path, monkeypatch, log):
+    """``category_id`` is another where the dataset cannot be read, as in another folder."""
+    names = [f"дзета {k}" for k in range(10)]
+    dataset = "coco:val.json:val"
+    categories = [{"id": 5 * k + 5, "name": name} for k, name in enumerate(names)]
+    coco = {"images": [], "annotations": [], "categories": categories}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "val.json").write_text(json.dumps(coco))
+    tiny_cfg.DATASETS.TRAIN, tiny_cfg.DATASETS.TEST = (), (dataset,)
+
+    def warnings(folder, **options):
+        log.clear()
+        monkeypatch.chdir(folder)
+        ids = RetinaPredictor.load(tiny_cfg, weights, **options).category_ids
+        said = [r.getMessage() for r in log.records if "category_id" in r.getMessage()]
+        return ids, said
+
+    assert warnings(tmp_path / "a") == (tuple(range(5, 55, 5)), [])
+    because = "category_id is the class's index from 0, because the dataset"
+    assert warnings(tmp_path) == (
+        None,
+        [f"{because} {dataset} cannot be read at {tmp_path / 'val.json'}"],
+    )
+    assert warnings(tmp_path, opts=["DATASETS.TEST", "()"]) == (None, [])
+    of_code = warnings(tmp_path, opts=["DATASETS.TEST", "('of_my_code',)"])
+    assert of_code == (None, [f"{because} of_my_code is not known here"])
+    of_others = warnings(tmp_path, opts=["DATASETS.TEST", "('digits_scenes_val',)"])
+    assert of_others == (None, [])  # it has other classes, wherever the command runs
 
 
 def test_public_model_by_name(tiny_cfg, weights, monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from retina_plugin.errors import ConfigError
 from retina_plugin.predict import Predictions
-from retina_plugin.predict.writers import CsvFile, FileNames, JsonList, write_image
+from retina_plugin.predict.writers import CsvFile, FileNames, ImageIds, JsonList, write_image
 
 SIZE = (64, 64)
 
@@ -95,6 +95,28 @@ def test_error_leaves_the_file_of_an_earlier_run_and_what_was_found(tmp_path):
     assert (tmp_path / "a.json").read_text() == (tmp_path / "a.csv").read_text() == "old"
     assert json.loads((tmp_path / ".a.json.partial").read_text()) == [{"a": 1}]
     assert (tmp_path / ".a.csv.partial").read_text().startswith("image_id,")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["b.png", "ids/1.png", "ids/2.png", "ids/3.png"], [4, 1, 2, 3]),
+        (["b.png", "0002.png", "c.png", "a/2.png", "d.png", "0.png"], [1, 2, 3, 4, 5, 0]),
+        (["000000000139.jpg", "a.png", "139.jpg", "²3.png"], [139, 1, 2, 3]),
+    ],
+)
+def test_number_in_a_name_is_the_id_whatever_comes_before(files, expected):
+    """Frames go on behind them."""
+    ids = ImageIds(files)
+    assert [ids.of(file) for file in files] == expected
+    rest = [ids.of(None) for _ in range(3)]
+    assert len({*rest, *expected}) == len(files) + 3
+    assert rest == list(range(rest[0], rest[0] + 3))
+
+
+def test_ids_of_images_that_were_not_known_differ():
+    ids = ImageIds()
+    assert [ids.of(file) for file in ("b.png", "1.png", "2.png", "3.png")] == [1, 2, 3, 4]
 
 
 def test_file_name_that_is_not_utf8(tmp_path):

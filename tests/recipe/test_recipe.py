@@ -8,11 +8,14 @@ import pytest
 import yaml
 
 from retina_plugin.doctor import StepCost
+from retina_plugin.doctor.config import check_config
 from retina_plugin.doctor.ground_truth import GroundTruth
 from retina_plugin.engine import setup_cfg
 from retina_plugin.recipe import Facts, Recipe, model, schedule
+from retina_plugin.recipe.decide import _timed_config
 
 BASE = "retina_R50_600.yaml"
+TIMM = ["MODEL.BACKBONE.NAME", "build_timm_retina_fpn_backbone"]
 
 
 def facts(sides=(40, 160), shape=(480, 640), images=50, boxes=4, names=("cat", "dog"), ratio=1.0):
@@ -106,6 +109,55 @@ def test_the_batch_can_be_divided_among_processes():
     ours = recipe("MODEL.WEIGHTS", "r50.pkl")
     schedule.decide_batch(ours, schedule.Plan(100, 0), cost(processes=3))
     assert ours.cfg.SOLVER.IMS_PER_BATCH % 3 == 0
+
+
+def test_the_step_that_is_timed_is_of_two_images_a_process():
+    """Also where the training scales its batch."""
+    cfg = recipe("SOLVER.REFERENCE_WORLD_SIZE", 4, "SOLVER.ACCUMULATE", 2).cfg
+    timed = _timed_config(cfg, 3).SOLVER
+    assert (timed.IMS_PER_BATCH, timed.REFERENCE_WORLD_SIZE) == (12, 0)
+    assert cfg.SOLVER.REFERENCE_WORLD_SIZE == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        (["MODEL.RESNETS.NORM", "BN"], 4),
+        (["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.TIMM.NORM", "BN"], 2),  # timm's is not read
+        ([*TIMM, "MODEL.TIMM.NORM", "BN"], 4),
+        ([*TIMM, "MODEL.TIMM.NORM", "FrozenBN", "MODEL.RESNETS.NORM", "BN"], 2),
+        ([*TIMM, "MODEL.TIMM.NORM", "BN", "SOLVER.ACCUMULATE", 2], 8),  # 4 a pass
+    ],
+)
+def test_batch_norm_gets_four_images(options, least):
+    """However few the training draws."""
+    others = ["MODEL.FPN.NORM", "GN", "MODEL.RETINANET.NORM", "GN"]
+    batch, _ = schedule.batch_size(recipe(*others, *options).cfg, drawn=100, holds=16, processes=1)
+    assert batch == least
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes", "sampling"),
+    [
+        ([], 1, "choice"),
+        (["INPUT.MIN_SIZE_TRAIN", "(320, 480)"], 2, "range"),
+        (["INPUT.MIN_SIZE_TRAIN", "(320,)"], 1, "choice"),
+        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"], 2, "range"),
+    ],
+)
+def test_one_size_is_no_range(tmp_path, given, sizes, sampling):
+    """Of a base that draws sizes from a range."""
+    base = tmp_path / "base.yaml"
+    sizes_of_base = "{MIN_SIZE_TRAIN: [400, 600], MIN_SIZE_TRAIN_SAMPLING: range}"
+    base.write_text(f'_BASE_: "{BASE}"\nINPUT: {sizes_of_base}\n')
+    ours = recipe(*given, base=str(base))
+    model.decide_image_size(ours, facts())
+    decided = ours.cfg.INPUT
+    assert (len(decided.MIN_SIZE_TRAIN), decided.MIN_SIZE_TRAIN_SAMPLING) == (sizes, sampling)
+    assert ours.cfg.INPUT.MIN_SIZE_TEST == max(decided.MIN_SIZE_TRAIN)
+    assert ('MIN_SIZE_TRAIN_SAMPLING: "choice"' in ours.yaml()) == (sampling == "choice")
+    keys = [finding.where for finding in check_config(ours.cfg)]
+    assert not any(key.startswith("INPUT.MIN_SIZE_TRAIN") for key in keys)
 
 
 @pytest.mark.parametrize(

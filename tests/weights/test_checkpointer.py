@@ -510,8 +510,37 @@ def test_head_of_other_classes_names_both_numbers(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "name", ["Run:1.pth", "model.pth?download=true", "Exp:1/a.pth", "what?/a.pth", "a#b;c%20?.pth"]
+)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_file_of_any_name_is_loaded(tmp_path, monkeypatch, name, absolute):
+    """With a "?" after it too. A file with the name before its own "?" is another one."""
+    monkeypatch.chdir(tmp_path)
+    path = os.path.join(tmp_path, name) if absolute else name
+    torch.save({}, "model.pth")
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    state = Model().state_dict()
+    torch.save(state, path)
+    for query in ("", "?matching_heuristics=True"):
+        saver = Checkpointer(Model())
+        saver.load(path + query)
+        saver.check_complete()
+        assert torch.equal(saver.model.head.cls_score.weight, state["head.cls_score.weight"])
+    assert "unknown 'a'" in one_line(saver.load, f"{path}?a=b")
+
+
+@pytest.mark.parametrize("folder", ["Exp:1", "what?"])
+def test_folder_of_any_name_is_resumed(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir(folder)
+    Checkpointer(Model(), folder).save("model_0000003", iteration=3)
+    assert Checkpointer(Model(), folder).resume_or_load("")["iteration"] == 3
+
+
 def test_missing_file_is_one_line(tmp_path):
     assert "no.pth" in one_line(Checkpointer(Model()).load, str(tmp_path / "no.pth"))
+    assert "No:1.pth" in one_line(Checkpointer(Model()).load, "No:1.pth")
 
 
 def test_a_failed_load_does_not_hinder_the_next(tmp_path):

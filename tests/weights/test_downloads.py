@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from retina_plugin.weights.downloads import download
+from retina_plugin.weights.downloads import download, split_query
 
 
 def pickled():
@@ -111,3 +111,19 @@ def test_file_of_the_user_is_left_alone(tmp_path):
     path.write_bytes(b"")
     assert download(str(path)) == str(path)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("path", "file", "query"),
+    [
+        ("detectron2://a/b.pkl?matching_heuristics=True", "detectron2://a/b.pkl", True),
+        ("https://a/b.pkl?matching_heuristics=True", "https://a/b.pkl", True),
+        ("digits://a.pth", "digits://a.pth", False),
+        ("no.pth?matching_heuristics=True", "no.pth", True),
+        ("/no?/no.pth", "/no?/no.pth", False),
+        ("/no?/no.pth?matching_heuristics=True", "/no?/no.pth", True),
+        ("", "", False),
+    ],
+)
+def test_what_stands_after_the_path(path, file, query):
+    assert split_query(path) == (file, "matching_heuristics=True" if query else "")
