@@ -90,6 +90,9 @@ PARSED_ONLY = {
     "mine.json": "takes minutes",
     "python -m reproduction.evidence": "takes minutes",
     "python -m reproduction.reproduce 3 --scale mini --rows FL --ledger star.json": "takes minutes",
+    'python -m reproduction.reproduce 3 --scale mini --rows FL "FL* gamma=4 beta=0" --ledger '
+    "star.json --set MODEL.RETINANET.NUM_CLASSES 80 DATASETS.TRAIN \"('digits_sparse_80_train',)\" "
+    "DATASETS.TEST \"('digits_sparse_80_val',)\"": "takes minutes",
     'python -m reproduction.reproduce 3 --scale mini --rows "FL* gamma=2 beta=1" --ledger '
     "star.json --set MODEL.RETINANET.FOCAL_STAR_GAMMA 3.0": "takes minutes",
     **dict.fromkeys(FIGURES, "tests/reproduction/test_figures.py draws them"),

@@ -75,6 +75,10 @@ class LossDistribution:
         index = ((x_t.double() + _LIMIT) * _PER_UNIT).long().flatten()
         self._count += torch.bincount(index, minlength=len(self._count)).cpu()
 
+    def below(self, x_t: float) -> int:
+        """How many samples are harder than this, rounded to a bin: 1/4096 of a logit."""
+        return int(self._count[: round((x_t + _LIMIT) * _PER_UNIT)].sum())
+
     def curve(self, gamma: float) -> Curve:
         """The cumulative distribution of FL with this gamma.
 

@@ -145,10 +145,11 @@ def draw(
     for name, distribution in found.items():
         if not len(distribution):
             raise ConfigError(f"{dataset} has no {name}: fig4 needs images with annotated objects")
-    return _plot(found, f"Focal loss of {Path(weights).name} on {len(records)} images of {dataset}")
+    title = f"Focal loss of {Path(weights).name} on {len(records)} images of {dataset}"
+    return _plot(found, title, len(records))
 
 
-def _plot(found: Mapping[str, LossDistribution], title: str) -> Plot:
+def _plot(found: Mapping[str, LossDistribution], title: str, num_images: int) -> Plot:
     gammas = load_figures()["4"]["gamma"]
     # Evenly, and closer and closer to 1, where the hardest negatives are.
     tail = 1 - np.logspace(-3, -7, 81)[1:]
@@ -180,7 +181,9 @@ def _plot(found: Mapping[str, LossDistribution], title: str) -> Plot:
     figure.suptitle(title.replace("$", r"\$"), fontsize=11)
     header = ["samples", "number", "gamma", "hardest 1 %", "hardest 20 %"]
     table = tabulate(shares, header, "pipe", floatfmt=("", "", "g", ".4f", ".4f"))
+    confused = found["negatives"].below(math.log(0.95 / 0.05)) / num_images
     text = (
+        f"Negatives with a score above .05: {confused:.4g} an image.\n"
         f"Share of the loss, from the histogram's bins, exact to {_rounded_up(worst)}:\n{table}\n"
         "The paper (COCO, ResNet-101): the hardest 20 % of the positives hold about half of their "
         "loss for gamma 0;\nwith gamma 2, the vast majority of the negatives' loss comes from a "

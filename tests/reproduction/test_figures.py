@@ -128,6 +128,12 @@ def test_distribution_is_that_of_sorted_losses(samples, gamma):
     assert curve.hardest(0.01) == pytest.approx(expected, abs=1e-3)
 
 
+def test_hard_samples_are_counted():
+    distribution = LossDistribution()
+    distribution.add(torch.tensor([-1e-3, 1e-3, 0.5, -30.0, 100.0]))
+    assert [distribution.below(x) for x in (-50.0, 0.0, 0.01, 127.0)] == [0, 2, 3, 5]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 128.0, -129.0])
 def test_logits_of_no_trained_model_are_refused(value):
     distribution = LossDistribution()
@@ -195,7 +201,8 @@ def test_figure_4_writes_its_shares(model_files, tmp_path, capsys):
         at = np.interp(0.99, curves["fraction"], curve)
         assert shares["hardest 1 %"][i] == pytest.approx(1 - at, abs=1e-9)
         assert curve[0] == 0 and curve[-1] == pytest.approx(1) and (np.diff(curve) >= 0).all()
-    assert "hardest 1 %" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "hardest 1 %" in printed and "Negatives with a score above .05: " in printed
 
 
 def _no_objects():
