@@ -44,26 +44,31 @@ def test_a_set_without_boxes_is_refused(tmp_path, spec):
     assert not (tmp_path / "a.yaml").exists()
 
 
-def test_the_learning_rate_follows_a_batch_that_was_given(tmp_path, spec):
+@pytest.fixture
+def timed(monkeypatch):
+    """Nothing is timed. A list of the batch and the REFERENCE_WORLD_SIZE that would have been."""
+    found = []
+
+    def measure(cfg, processes, clock):
+        found.append((cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER[REFERENCE]))
+        return StepCost(0.001, 2**30, 2**35, 2, processes, "cpu")
+
+    monkeypatch.setattr("retina_plugin.cli.init.measure_step", measure)
+    return found
+
+
+def test_the_learning_rate_follows_a_batch_that_was_given(tmp_path, spec, timed):
     """It is the base's for the base's batch: .03 for 8 images."""
     given = ["MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2"]
-    base = "quick/digits_R18.yaml"
-    recipe = make_recipe(spec, None, base, tmp_path / "a.yaml", 1.0, given)
+    recipe = make_recipe(spec, None, "quick/digits_R18.yaml", tmp_path / "a.yaml", 1.0, given)
     rate = recipe.settings["SOLVER.BASE_LR"]
     assert rate.value == pytest.approx(0.03 * 2 / 8)
     assert rate.reason.startswith("the base's 0.03 for 8 images, scaled linearly to 2")
 
 
 @pytest.mark.parametrize("by_base", [True, False])
-def test_the_values_are_those_of_this_machine(tmp_path, spec, monkeypatch, by_base):
+def test_the_values_are_those_of_this_machine(tmp_path, spec, timed, by_base):
     """Whatever number of GPUs the base, or the user, has in mind: the training scales nothing."""
-    timed = []
-
-    def measure(cfg, processes, clock):
-        timed.append((cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE))
-        return StepCost(0.001, 2**30, 2**35, 2, processes, "cpu")
-
-    monkeypatch.setattr("retina_plugin.cli.init.measure_step", measure)
     base, given = "quick/digits_R18.yaml", ["MODEL.DEVICE", "cpu"]
     if by_base:
         (tmp_path / "base.yaml").write_text(f'_BASE_: "{base}"\nSOLVER: {{{REFERENCE}: 2}}\n')
