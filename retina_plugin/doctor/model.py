@@ -17,14 +17,14 @@ __all__ = ["build_without_memory", "check_detector", "check_model", "check_parts
 
 T = TypeVar("T")
 
+_TIMM = "build_timm_retina_fpn_backbone"
 # Builders that read MODEL.FPN -> the levels that they put on top of it.
 _TOP_LEVELS = {
     "build_resnet_fpn_backbone": 1,
     "build_retina_fpn_backbone": 2,
     "build_retinanet_resnet_fpn_backbone": 2,
-    "build_timm_retina_fpn_backbone": 2,
+    _TIMM: 2,
 }
-_TIMM = "build_timm_retina_fpn_backbone"
 _STAGES = ("res2", "res3", "res4", "res5")
 _GROUPS = 32  # of Detectron2's GN
 
